@@ -1,0 +1,1 @@
+"""The two towers, their loss, the step and the loop."""

@@ -1,0 +1,189 @@
+"""The run's configuration: dataclasses -> YAML -> command line. One docstring per field, with units.
+
+`accelerate_config.yaml` owns processes, precision and ZeRO; this owns the experiment; no knob stands in both.
+Fields marked `machine` change where and how fast a run goes, never its curve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.config import DataConfig, machine
+
+Norm = Literal["batch", "sync_batch", "group", "frozen"]
+
+
+@dataclass
+class ImageTowerConfig:
+    """Any torchvision classification backbone; its classifier is replaced by the projection."""
+
+    name: str = "resnet50"
+    """torchvision model name."""
+    weights: str = "scratch"
+    """scratch; a torchvision weights name such as DEFAULT or IMAGENET1K_V2; or a local .safetensors / .pth state dict."""
+    norm: Norm = "batch"
+    """batch: statistics of the micro-batch; sync_batch: of the global batch; group: GroupNorm; frozen: fixed statistics."""
+    locked_until: int = 0
+    """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    lr: float | None = None
+    """Peak learning rate of this tower; null: optim.lr."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer below the top; 1 is off."""
+    checkpointing: bool = machine(False)
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time, same gradients."""
+
+
+@dataclass
+class TextTowerConfig:
+    """Any BERT-family encoder."""
+
+    name: str = "bert-base-uncased"
+    """Hub name, or a directory with config.json and weights."""
+    weights: Literal["pretrained", "scratch"] = "pretrained"
+    """pretrained: the weights at `name`; scratch: its architecture with fresh weights."""
+    tokenizer: str = ""
+    """Hub name or directory of the tokenizer; empty: the same as `name`."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """cls: the first token's vector; mean: the mean over the caption's tokens."""
+    locked_until: int = 0
+    """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    lr: float | None = None
+    """Peak learning rate of this tower; null: optim.lr."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer below the top; 1 is off."""
+    checkpointing: bool = machine(False)
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time, same gradients."""
+
+
+@dataclass
+class ModelConfig:
+    """Two towers and their projections into one space."""
+
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    embed_dim: int = 768
+    """Length of the shared embedding."""
+    projection_bias: bool = False
+    """Bias in the two projections; true is the original recipe."""
+    temperature: float = 0.07
+    """Initial temperature; the parameter is log(1 / temperature)."""
+    max_logit_scale: float = 100.0
+    """Largest factor that logits are multiplied by: the parameter is clamped to [0, log(max_logit_scale)]."""
+
+
+@dataclass
+class LossConfig:
+    """The contrastive loss over the global batch."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: symmetric cross-entropy (CLIP, arXiv 2103.00020); sigmoid: pairwise (SigLIP, arXiv 2303.15343)."""
+    rows: Literal["full", "local", "tiled"] = machine("tiled")
+    """full: all logits on every rank; local: the rank's rows; tiled: the rank's rows, a tile at a time. Same loss."""
+    tile: int = machine(1024)
+    """Rows and columns of a tile."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all pairs."""
+    mask_duplicates: bool = False
+    """Leave pairs with the same caption, or the same image, as another pair of the batch out of its negatives."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; no decay on norms, biases and the temperature."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.98
+    """AdamW: decay of the mean of squared gradients."""
+    eps: float = 1e-6
+    """AdamW: added to the denominator."""
+    weight_decay: float = 0.2
+    """AdamW: decoupled weight decay."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0 is off."""
+    ema: float = 0.0
+    """Decay per step of the moving average of the weights that is evaluated and exported; 0 is off."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, in batches of what size."""
+
+    global_batch: int = 1024
+    """Pairs per optimizer step over all processes."""
+    micro_batch: int = 128
+    """Pairs that go through the towers together: the unit of BatchNorm, padding and dropout; divides global_batch."""
+    resident: int = machine(0)
+    """Micro-batches whose activations a process keeps at once; 0: one. When its share fits, a step is one forward pass;
+    else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way."""
+    epochs: float = 1.0
+    """Passes over the training data; used where `steps` is 0."""
+    steps: int = 0
+    """Optimizer steps; 0: from `epochs`."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and dropout."""
+    max_skipped: int = 10
+    """Steps in a row with a gradient that is not finite (all ranks skip them) after which the run stops."""
+
+
+@dataclass
+class EvalConfig:
+    """Retrieval on held-out data during training."""
+
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+    batch: int = machine(256)
+    """Pairs per forward pass of an evaluation."""
+    chunk: int = machine(1024)
+    """Rows of the similarity matrix that exist at once."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Atomic, verified checkpoints in the run directory."""
+
+    every: int = machine(500)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = machine(3)
+    """Newest checkpoints that stay; 0 keeps all."""
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases, metrics.jsonl, the progress bar."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = machine("auto")
+    """auto: online where an API key is configured, else offline."""
+    project: str = machine("duet")
+    """W&B project."""
+    entity: str = machine("")
+    """W&B team or user; empty: the default one of the key."""
+    log_every: int = machine(10)
+    """Steps between lines on the screen and points sent to W&B; metrics.jsonl has every step."""
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is a function of."""
+
+    name: str = "run"
+    """Name of the run: its directory is <runs_dir>/<name>."""
+    runs_dir: str = machine("runs")
+    """Directory that holds run directories."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
