@@ -1,0 +1,70 @@
+"""What the loader hands over: a micro-batch for training, a batch of images with all their captions for evaluation.
+
+Shape suffixes: B images, M captions, L tokens, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class _Batch:
+    """Moving all tensors of a dataclass at once."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """The same batch in page-locked memory; torch's DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]):
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass
+class MicroBatch(_Batch):
+    """The unit of training: everything that depends on neighbours depends on these rows alone."""
+
+    images_BCHW: Tensor
+    """uint8, 0 to 255, RGB."""
+    ids_BL: Tensor
+    """int64 token ids, padded to the longest caption of these rows rounded up to 8."""
+    mask_BL: Tensor
+    """int64: 1 for a token, 0 for padding."""
+    index: int
+    """Which micro-batch of the global batch this is, 0 to global_batch / micro_batch - 1."""
+    step: int
+    """Optimizer step that it belongs to, from 0."""
+    keys: list[str]
+    """One per row: "shard basename/sample key" of the sample that was consumed."""
+    bad: list[dict] = field(default_factory=list)
+    """Ledger records of replaced samples: step, row (of the global batch), shard, key, cause, replaced_by."""
+
+
+@dataclass
+class EvalBatch(_Batch):
+    """Images with all their captions, in the order of the manifest."""
+
+    images_BCHW: Tensor
+    """uint8, 0 to 255, RGB."""
+    ids_ML: Tensor
+    """int64 token ids of every caption of every image."""
+    mask_ML: Tensor
+    """int64: 1 for a token, 0 for padding."""
+    caption_row: list[int]
+    """For each caption, the row of its image in this batch."""
+    captions: list[str]
+    """The captions as text, one per row of `ids_ML`."""
+    classes: list[str | None]
+    """One per image: the content of its `cls` member, None where it has none."""
+    keys: list[str]
+    """One per image: "shard basename/sample key"."""
+    bad: list[dict] = field(default_factory=list)
+    """Records of samples that could not be read and so are not among the images: shard, key, cause."""
