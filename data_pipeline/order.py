@@ -1,0 +1,250 @@
+"""Which sample stands at which position: a pure function of (seed, shard sizes, batch, lanes), without I/O.
+
+An epoch: the shards are permuted; the concatenated samples are cut into `lanes` equal spans; inside a lane, samples are
+permuted within groups of `shuffle_shards` shards. A step takes the next batch / lanes samples of every lane, and lays
+them out lane by lane. World size, loader workers and restarts are no inputs, so they cannot change what a step sees.
+
+Permutations come from the raw output of numpy's PCG64, which numpy promises to keep (not so Generator.permutation).
+Legend: a lane's offset counts its samples in permuted order; a place counts the samples of the permuted shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.manifest import Manifest
+
+
+class Position(NamedTuple):
+    """One row of a batch."""
+
+    source: int
+    """Which source it comes from."""
+    epoch: int
+    """Which pass over that source."""
+    position: int
+    """Index within that epoch's order of that source."""
+    shard: int
+    """Shard of the source, as its manifest counts them."""
+    index: int
+    """Sample within the shard."""
+
+
+def permutation(size: int, seed: int, *key: int) -> np.ndarray:
+    """A permutation of range(size), int64 [size]: the same one for the same (seed, key) on every numpy and machine."""
+    raw = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(size)
+    # Sorting by the upper bits, with the index in the lower ones: no two are equal, so any sorting algorithm agrees.
+    bits = np.uint64(max(size - 1, 1).bit_length())
+    keys = (raw >> bits << bits) | np.arange(size, dtype=np.uint64)
+    keys.sort()
+    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+class _Epoch:
+    """The shards of one epoch in permuted order, cut into lanes."""
+
+    def __init__(self, shard_sizes: np.ndarray, lanes: int, seed: int, source: int, epoch: int):
+        self.shards = permutation(len(shard_sizes), seed, source, epoch)
+        self.starts = np.concatenate(([0], np.cumsum(shard_sizes[self.shards])))
+        samples = int(self.starts[-1])
+        self.lane_starts = [lane * samples // lanes for lane in range(lanes + 1)]
+
+
+class Order:
+    """The order of one source's samples, epoch after epoch.
+
+    shard_sizes: samples of each shard. batch: rows that one step takes of this source. lanes: see above; divides batch.
+    The samples that do not fill a last batch are left out of an epoch, and counted in `remainder`; which ones differs
+    from epoch to epoch. Any step is found at once: a permutation of the shards per epoch and one of the samples of a
+    group per lane are all that is computed, and kept.
+    Raises ValueError where lanes does not divide batch, or where an epoch has no full batch.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        batch: int,
+        lanes: int,
+        seed: int,
+        shuffle_shards: int,
+        source: int = 0,
+    ):
+        _check(batch, lanes, seed, shuffle_shards)
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.batch, self.lanes, self.seed, self.source = batch, lanes, seed, source
+        self.shuffle_shards = shuffle_shards
+        self.samples = int(self.shard_sizes.sum())
+        self.steps_per_epoch = self.samples // batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"--data.train: the {self.samples} samples of source {source} are fewer than the {batch} rows that one "
+                f"step takes of them: lower --train.global_batch, or add data"
+            )
+        self.remainder = self.samples - self.steps_per_epoch * batch
+        self._epochs: dict[int, _Epoch] = {}
+        self._groups: dict[int, tuple[tuple[int, int], int, np.ndarray]] = {}
+
+    def rows(self, step: int, start: int, stop: int) -> list[Position]:
+        """Rows [start, stop) of the batch of `step`; steps run on across epochs, any step may be asked for."""
+        if step < 0 or not 0 <= start <= stop <= self.batch:
+            raise IndexError(f"rows [{start}, {stop}) of step {step}: a batch has {self.batch} rows")
+        if start == stop:
+            return []
+        number, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(number)
+        share = self.batch // self.lanes
+        places = []
+        for lane in range(start // share, (stop - 1) // share + 1):
+            first = step_in_epoch * share + max(start - lane * share, 0)
+            last = step_in_epoch * share + min(stop - lane * share, share)
+            places.append(self._places(epoch, number, lane, first, last))
+        place = np.concatenate(places)
+        slot = np.searchsorted(epoch.starts, place, side="right") - 1
+        shards = epoch.shards[slot].tolist()
+        indices = (place - epoch.starts[slot]).tolist()
+        position = step_in_epoch * self.batch + start
+        return [
+            Position(self.source, number, position + row, shard, index)
+            for row, (shard, index) in enumerate(zip(shards, indices, strict=True))
+        ]
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            # Two, because a reader may go back and forth where one epoch ends and the next begins.
+            while len(self._epochs) >= 2:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[number] = _Epoch(self.shard_sizes, self.lanes, self.seed, self.source, number)
+        return self._epochs[number]
+
+    def _places(self, epoch: _Epoch, number: int, lane: int, first: int, last: int) -> np.ndarray:
+        """Places of the samples at offsets [first, last) of a lane, int64 [last - first]."""
+        parts = []
+        while first < last:
+            begin, permuted = self._group(epoch, number, lane, first)
+            part = permuted[first - begin : last - begin]
+            parts.append(part + (epoch.lane_starts[lane] + begin))
+            first += len(part)
+        return np.concatenate(parts)
+
+    def _group(self, epoch: _Epoch, number: int, lane: int, offset: int) -> tuple[int, np.ndarray]:
+        """The group that holds a lane's offset: the offset at which it begins, and its permutation."""
+        lane_start, lane_stop = epoch.lane_starts[lane : lane + 2]
+        first_shard, shard = np.searchsorted(epoch.starts, [lane_start, lane_start + offset], side="right") - 1
+        group = int(shard - first_shard) // self.shuffle_shards
+        key, begin, permuted = self._groups.get(lane, ((-1, -1), 0, None))
+        if key != (number, group):
+            shard = int(first_shard) + group * self.shuffle_shards
+            begin = max(int(epoch.starts[shard]), lane_start) - lane_start
+            end = min(int(epoch.starts[min(shard + self.shuffle_shards, len(epoch.shards))]), lane_stop) - lane_start
+            permuted = permutation(end - begin, self.seed, self.source, number, lane, group)
+            self._groups[lane] = ((number, group), begin, permuted)
+        return begin, permuted
+
+
+class Mixture:
+    """Several sources in one order, each with its own epochs: the same interface as Order.
+
+    Every batch holds the same number of rows of each source: weight * batch, rounded by largest remainder in units of
+    `lanes` rows, so that every lane has the same share. Inside a lane the sources are interleaved evenly, so that
+    micro-batches are mixed too. An epoch of the mixture is as many full batches as all sources together have samples
+    for; `remainder` counts what all sources leave out of their own epochs.
+    Raises ValueError where a source gets no rows, or has no full batch of them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        *,
+        batch: int,
+        lanes: int,
+        seed: int,
+        shuffle_shards: int,
+    ):
+        _check(batch, lanes, seed, shuffle_shards)
+        self.batch, self.lanes, self.share = batch, lanes, batch // lanes
+        self.quotas = _quotas(weights, self.share)
+        self.orders = [
+            Order(sizes, batch=quota * lanes, lanes=lanes, seed=seed, shuffle_shards=shuffle_shards, source=source)
+            for source, (sizes, quota) in enumerate(zip(sources, self.quotas, strict=True))
+        ]
+        self.samples = sum(order.samples for order in self.orders)
+        self.steps_per_epoch = self.samples // batch
+        self.remainder = sum(order.remainder for order in self.orders)
+        # A lane's rows: the k-th of a source's n rows stands at (k + 1/2) / n of the lane, ties by source.
+        slots = [((2 * k + 1) / quota, source, k) for source, quota in enumerate(self.quotas) for k in range(quota)]
+        self._pattern = [(source, k) for _, source, k in sorted(slots)]
+
+    def rows(self, step: int, start: int, stop: int) -> list[Position]:
+        """Rows [start, stop) of the batch of `step`; steps run on without end, any step may be asked for."""
+        if step < 0 or not 0 <= start <= stop <= self.batch:
+            raise IndexError(f"rows [{start}, {stop}) of step {step}: a batch has {self.batch} rows")
+        wanted: list[tuple[int, int]] = []
+        for row in range(start, stop):
+            lane, slot = divmod(row, self.share)
+            source, k = self._pattern[slot]
+            wanted.append((source, lane * self.quotas[source] + k))
+        streams = []
+        for source, order in enumerate(self.orders):
+            own = [row for of, row in wanted if of == source]
+            streams.append(iter(order.rows(step, own[0], own[-1] + 1) if own else ()))
+        return [next(streams[source]) for source, _ in wanted]
+
+
+def build_order(
+    manifests: Sequence[Manifest],
+    weights: Sequence[float],
+    batch: int,
+    lanes: int,
+    seed: int,
+    shuffle_shards: int,
+) -> Order | Mixture:
+    """The order of a training run over one manifest, or over several with weights. Raises as Order and Mixture do."""
+    sizes = [[shard.nsamples for shard in manifest.shards] for manifest in manifests]
+    if len(sizes) == 1:
+        return Order(sizes[0], batch=batch, lanes=lanes, seed=seed, shuffle_shards=shuffle_shards)
+    return Mixture(sizes, weights, batch=batch, lanes=lanes, seed=seed, shuffle_shards=shuffle_shards)
+
+
+def sequential(shard_sizes: Sequence[int]) -> list[Position]:
+    """Every sample once, as it stands in the shards: for evaluation."""
+    shards = ((shard, index) for shard, size in enumerate(shard_sizes) for index in range(size))
+    return [Position(0, 0, position, shard, index) for position, (shard, index) in enumerate(shards)]
+
+
+def _quotas(weights: Sequence[float], share: int) -> list[int]:
+    """Rows per lane of each source: `share` dealt by weight, largest remainder first, ties to the earlier source."""
+    if any(not weight > 0 or weight == float("inf") for weight in weights):
+        raise ValueError(f"--data.train: the weights {list(weights)} must be finite numbers above 0")
+    exact = [weight / sum(weights) * share for weight in weights]
+    quotas = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda source: (quotas[source] - exact[source], source))
+    for source in by_remainder[: share - sum(quotas)]:
+        quotas[source] += 1
+    if 0 in quotas:
+        source = quotas.index(0)
+        raise ValueError(
+            f"--data.train: source {source} with weight {weights[source]} gets none of the {share} rows that a lane has in "
+            f"a batch: raise its weight or --train.global_batch, or lower --data.lanes"
+        )
+    return quotas
+
+
+def _check(batch: int, lanes: int, seed: int, shuffle_shards: int) -> None:
+    for flag, value, least in (
+        ("--train.global_batch", batch, 1),
+        ("--data.lanes", lanes, 1),
+        ("--data.shuffle_shards", shuffle_shards, 1),
+        ("--train.seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{flag} is {value}: it must be {least} or more")
+    if batch % lanes:
+        raise ValueError(
+            f"--train.global_batch {batch} is not divisible by --data.lanes {lanes}: the nearest above is "
+            f"{(batch // lanes + 1) * lanes}; or choose lanes that divide it"
+        )

@@ -1,0 +1,147 @@
+"""Where the bytes of a shard come from: a local path, or a bounded local cache of remote ones."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.manifest import Shard, filesystem, is_remote
+
+
+class Store:
+    """Gives every shard a local path, fetching remote ones (http, https, s3, gs) once per node.
+
+    cache_dir: directory shared by the processes of a node. cache_bytes: bound on the shards in it; the least recently
+    used leave first. One that leaves while a process has it open stays readable to that process.
+    attempts, backoff: tries per fetch, and seconds before the second one, doubled before each further one.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str], cache_bytes: int, *, attempts: int = 5, backoff: float = 1.0):
+        self.cache_dir, self.cache_bytes = Path(cache_dir).expanduser().absolute(), int(cache_bytes)
+        self.attempts, self.backoff = attempts, backoff
+
+    def local(self, shard: Shard) -> str:
+        """Path of a local file with the shard's bytes: size and sha256 of what was fetched are the manifest's.
+
+        Raises ValueError for an address off the allow-list, a shard larger than the cache, and a fetch that failed.
+        """
+        if not is_remote(shard.url):
+            return shard.url
+        if shard.filesize > self.cache_bytes:
+            raise ValueError(
+                f"shard {shard.url} has {shard.filesize} bytes, the cache {self.cache_bytes}: raise --data.cache_gb"
+            )
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        # Named by content: another manifest with the same shard finds it, a changed shard cannot be mistaken for it.
+        path = self.cache_dir / f"{shard.sha256}.tar"
+        part = path.with_suffix(".part")
+        while not _touch(path, shard.filesize):
+            with _locked(part) as owner:
+                if owner:
+                    self._fetch(shard, part)
+                    part.replace(path)
+        return str(path)
+
+    def _fetch(self, shard: Shard, part: Path) -> None:
+        """Fetch into `part`, which this process holds locked, and verify; `part` is gone if that fails."""
+        fault = ""
+        try:
+            for attempt in range(self.attempts):
+                if attempt:
+                    time.sleep(self.backoff * 2 ** (attempt - 1))
+                try:
+                    self._reserve(shard, part)
+                    system, remote = filesystem(shard.url)
+                    system.get_file(remote, str(part))
+                except ValueError:
+                    raise
+                except FileNotFoundError as error:
+                    raise ValueError(f"shard {shard.url} does not exist") from error
+                except Exception as error:  # Each backend has exceptions of its own.
+                    fault = f"{type(error).__name__}: {error}"
+                    continue
+                fault = _fault(part, shard)
+                if not fault:
+                    return
+            raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _reserve(self, shard: Shard, part: Path) -> None:
+        """Make room: delete least recently used shards, and what a killed process left, until this one fits."""
+        with (self.cache_dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # At its full size from now on, so that fetches at the same time count each other.
+            os.truncate(part, shard.filesize)
+            for other in self.cache_dir.glob("*.part"):
+                if other != part:
+                    _delete_stale(other)
+            sizes = {}
+            for kept in [*self.cache_dir.glob("*.tar"), *self.cache_dir.glob("*.part")]:
+                stat = kept.stat()
+                sizes[kept] = (stat.st_mtime_ns, stat.st_size)
+            total = sum(size for _, size in sizes.values())
+            for kept in sorted((path for path in sizes if path.suffix == ".tar"), key=sizes.__getitem__):
+                if total <= self.cache_bytes:
+                    break
+                kept.unlink(missing_ok=True)
+                kept.with_name(f"{kept.name}.idx").unlink(missing_ok=True)
+                total -= sizes[kept][1]
+
+
+def _touch(path: Path, filesize: int) -> bool:
+    """Whether the cache holds the whole shard; marks it as just used."""
+    try:
+        if path.stat().st_size != filesize:
+            return False
+        os.utime(path)
+        return True
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[bool]:
+    """Wait for the lock on `part`; True if it is ours to write, False if another process has dealt with it meanwhile."""
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield _is_at(part, file.fileno())
+
+
+def _delete_stale(part: Path) -> None:
+    """Delete the remains of a fetch whose process is gone: nobody holds the lock on them."""
+    try:
+        with part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(part, file.fileno()):
+                part.unlink()
+    except (FileNotFoundError, BlockingIOError):
+        pass
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _fault(path: Path, shard: Shard) -> str:
+    """What is wrong with the bytes fetched for a shard; empty if nothing is."""
+    size = path.stat().st_size
+    if size != shard.filesize:
+        return f"{size} bytes came, the manifest says {shard.filesize}"
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != shard.sha256:
+        return f"the sha256 of what came is {digest.hexdigest()}, the manifest says {shard.sha256}"
+    return ""
