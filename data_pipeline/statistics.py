@@ -1,0 +1,188 @@
+"""One streaming pass over shards: channel statistics, image sizes, captions, duplicates, bad samples.
+
+What a shard gives is JSON and merges exactly, in any order: sums of whole numbers, counts and lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.samples import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size, split
+from data_pipeline.shards import ShardReader
+
+MEASURE_SIZE = 256
+"""Images with a longer shorter side than this, in pixels, are reduced to it before their pixels are counted."""
+EXAMPLES = 20
+"""Bad samples that merged statistics name; all of them are counted."""
+
+
+class Moments:
+    """Per-channel mean and standard deviation of uint8 pixels, from sums of whole numbers: exact however merged."""
+
+    def __init__(self, count: int = 0, sums: Sequence[int] = (0, 0, 0), squares: Sequence[int] = (0, 0, 0)):
+        self.count, self.sums, self.squares = count, list(sums), list(squares)
+
+    def update(self, image_HWC: np.ndarray) -> None:
+        """Count the pixels of a uint8 array [H, W, 3]."""
+        pixels = image_HWC.reshape(-1, 3)
+        self.count += len(pixels)
+        for channel in range(3):
+            # Counting levels and then weighting them is exact, and faster than squaring every pixel in 64 bits.
+            levels = np.bincount(pixels[:, channel], minlength=256)
+            self.sums[channel] += int(levels @ _LEVELS)
+            self.squares[channel] += int(levels @ _LEVELS**2)
+
+    def merge(self, other: Moments) -> None:
+        """Add what `other` counted."""
+        self.count += other.count
+        self.sums = [mine + its for mine, its in zip(self.sums, other.sums, strict=True)]
+        self.squares = [mine + its for mine, its in zip(self.squares, other.squares, strict=True)]
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean [3] in 0..1; zeros where nothing was counted."""
+        return [total / (255 * max(self.count, 1)) for total in self.sums]
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation [3] in 0..1, of the population: sqrt(E[x^2] - E[x]^2), its numerator in whole numbers."""
+        count = max(self.count, 1)
+        variances = [
+            (count * square - total**2) / count**2 for total, square in zip(self.sums, self.squares, strict=True)
+        ]
+        return [math.sqrt(variance) / 255 for variance in variances]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": self.sums, "squares": self.squares}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Moments:
+        return cls(content["count"], content["sums"], content["squares"])
+
+
+_LEVELS = np.arange(256, dtype=np.int64)
+
+
+def shard_statistics(
+    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, background: RGB = (255, 255, 255)
+) -> dict[str, Any]:
+    """What the samples of one local tar are like; JSON, for merge_statistics.
+
+    Pixels are counted as decoded to RGB over `background`, images reduced to a shorter side of 256 pixels at most.
+    Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, and not counted.
+    """
+    moments, reader = Moments(), ShardReader(path)
+    histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
+    hashes: dict[str, list[str]] = {"image": [], "caption": []}
+    classes: Counter[str] = Counter()
+    bad = []
+    try:
+        for number in range(len(reader)):
+            raw = reader.raw(number)
+            try:
+                data, captions, label = split(raw)
+                image = open_image(data, max_pixels)
+                width, height = oriented_size(image)
+                moments.update(measured(image, background))
+            except BadSample as error:
+                bad.append({"shard": os.path.basename(path), "key": raw["__key__"], "cause": error.cause})
+                continue
+            histograms["width"][width] += 1
+            histograms["height"][height] += 1
+            histograms["image_bytes"][len(data)] += 1
+            histograms["captions_per_image"][len(captions)] += 1
+            histograms["caption_characters"].update(len(caption) for caption in captions)
+            histograms["caption_words"].update(len(caption.split()) for caption in captions)
+            hashes["image"].append(_digest(data))
+            hashes["caption"].extend(_digest(caption.encode()) for caption in captions)
+            if label is not None:
+                classes[label] += 1
+    finally:
+        reader.close()
+    return {
+        "samples": len(reader),
+        "moments": moments.to_json(),
+        "histograms": {name: {str(value): n for value, n in counts.items()} for name, counts in histograms.items()},
+        "hashes": {name: "".join(digests) for name, digests in hashes.items()},
+        "classes": dict(classes),
+        "bad": bad,
+    }
+
+
+def measured(image: Image.Image, background: RGB) -> np.ndarray:
+    """The pixels of an opened image that statistics count, uint8 [H, W, 3]. Raises BadSample."""
+    image = load_image(image, background=background, shrink=min(image.size) / MEASURE_SIZE)
+    shorter = min(image.size)
+    if shorter > MEASURE_SIZE:
+        size = (round(image.width * MEASURE_SIZE / shorter), round(image.height * MEASURE_SIZE / shorter))
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(image)
+
+
+def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The statistics of several shards together, as they stand in a manifest:
+
+    samples, bad {count, causes, examples}, mean and std (RGB, 0..1), moments (what they are computed from, so that
+    several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and height in pixels,
+    image_bytes, captions_per_image, caption_characters and caption_words, duplicates of images (equal bytes) and of
+    captions (how many are repeats of an earlier one), and classes {count, samples}.
+    """
+    samples, moments, bad = 0, Moments(), []
+    histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
+    hashes: dict[str, list[np.ndarray]] = {"image": [], "caption": []}
+    classes: Counter[str] = Counter()
+    for part in parts:
+        samples += part["samples"]
+        moments.merge(Moments.from_json(part["moments"]))
+        for name, counts in histograms.items():
+            counts.update({int(value): n for value, n in part["histograms"][name].items()})
+        for name, digests in hashes.items():
+            digests.append(np.frombuffer(bytes.fromhex(part["hashes"][name]), dtype=np.uint64))
+        classes.update(part["classes"])
+        bad.extend(part["bad"])
+    causes = Counter(record["cause"] for record in bad)
+    return {
+        "samples": samples,
+        "bad": {"count": len(bad), "causes": dict(causes.most_common(EXAMPLES)), "examples": bad[:EXAMPLES]},
+        "mean": moments.mean,
+        "std": moments.std,
+        "moments": moments.to_json(),
+        **{name: _distribution(counts) for name, counts in histograms.items()},
+        "duplicates": {name: _repeats(digests) for name, digests in hashes.items()},
+        "classes": {"count": len(classes), "samples": sum(classes.values())},
+    }
+
+
+_HISTOGRAMS = ("width", "height", "image_bytes", "captions_per_image", "caption_characters", "caption_words")
+
+
+def _digest(data: bytes) -> str:
+    """64 bits of a hash, hexadecimal: among 10 million different images, two are equal with a chance of 3 in a million."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _repeats(digests: list[np.ndarray]) -> int:
+    together = np.concatenate(digests) if digests else np.empty(0, dtype=np.uint64)
+    return len(together) - len(np.unique(together))
+
+
+def _distribution(counts: Counter[int]) -> dict[str, float]:
+    """Order statistics (the smallest value that at least this share of all is not above) and the mean."""
+    if not counts:
+        return {}
+    values = np.array(sorted(counts), dtype=np.int64)
+    weights = np.array([counts[int(value)] for value in values], dtype=np.int64)
+    upto, total = np.cumsum(weights), int(weights.sum())
+    at = {name: int(values[np.searchsorted(upto, share * total)]) for name, share in _SHARES.items()}
+    return {"min": int(values[0]), **at, "max": int(values[-1]), "mean": float(values @ weights / total)}
+
+
+_SHARES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
