@@ -72,8 +72,8 @@ def is_remote(url: str) -> bool:
     if match[1].lower() in REMOTE and url[match.end() :].startswith("//"):
         return True
     raise ValueError(
-        f"{url}: nothing is read from {match[1]}: addresses; use a local path (./{url} if this is a file name) or one of "
-        f"{', '.join(f'{scheme}://' for scheme in REMOTE)}"
+        f"{url}: nothing is read from {match[1]}: addresses; use a local path (./{url} if this is a file name) or one "
+        f"of {', '.join(f'{scheme}://' for scheme in REMOTE)}"
     )
 
 

@@ -228,8 +228,8 @@ def _quotas(weights: Sequence[float], share: int) -> list[int]:
     if 0 in quotas:
         source = quotas.index(0)
         raise ValueError(
-            f"--data.train: source {source} with weight {weights[source]} gets none of the {share} rows that a lane has in "
-            f"a batch: raise its weight or --train.global_batch, or lower --data.lanes"
+            f"--data.train: source {source} with weight {weights[source]} gets none of the {share} rows of a lane in a "
+            f"batch: raise its weight or --train.global_batch, or lower --data.lanes"
         )
     return quotas
 

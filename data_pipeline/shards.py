@@ -16,7 +16,6 @@ import tarfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from data_pipeline.manifest import Shard, write_atomically
@@ -50,8 +49,8 @@ def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> list[Ent
 
     padded: the tar must end on a whole record of 10,240 bytes, as those of webdataset, img2dataset, Python and GNU tar
     do; without that, and without a manifest that states its size, a tar cut inside its final padding looks whole.
-    Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link or
-    device, a repeated key, no samples.
+    Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link
+    or device, a repeated key, no samples.
     """
     path = Path(path)
     try:
@@ -60,8 +59,8 @@ def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> list[Ent
         raise ValueError(f"there is no shard at {path}") from error
     if padded and stat.st_size % RECORD:
         raise ValueError(
-            f"{path}: {stat.st_size} bytes are no whole number of {RECORD}-byte records: the tar was cut short, or written "
-            f"without padding (then write it again with: python -m data_pipeline pack)"
+            f"{path}: {stat.st_size} bytes are no whole number of {RECORD}-byte records: the tar was cut short, or "
+            f"written without padding (then write it again, with webdataset or GNU tar)"
         )
     index_path = path.with_name(f"{path.name}.idx")
     stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
@@ -126,9 +125,9 @@ def _check_end(path: Path, end: int, filesize: int) -> None:
     """After the last member there must be two blocks of zeros or more, and nothing else."""
     with path.open("rb") as file:
         file.seek(end)
-        rest = file.read()
-    if rest.strip(b"\0"):
-        raise ValueError(f"{path}: damaged header at byte {end}, or another tar was appended there")
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise ValueError(f"{path}: damaged header at byte {end}, or another tar was appended there")
     if filesize - end < 2 * BLOCK:
         raise ValueError(f"{path}: no end-of-archive blocks at byte {end}: the tar was cut short")
 
@@ -171,8 +170,8 @@ class ShardReader:
     def _check(self, what: str, found: int, stated: int) -> None:
         if found != stated:
             raise ValueError(
-                f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; restore "
-                f"it, or make the manifest anew with: python -m data_pipeline index"
+                f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; "
+                f"restore it, or make the manifest anew with: python -m data_pipeline index"
             )
 
 
@@ -268,9 +267,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
             self.finish()
         else:

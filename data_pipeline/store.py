@@ -108,7 +108,7 @@ def _touch(path: Path, filesize: int) -> bool:
 
 @contextmanager
 def _locked(part: Path) -> Iterator[bool]:
-    """Wait for the lock on `part`; True if it is ours to write, False if another process has dealt with it meanwhile."""
+    """Wait for the lock on `part`; True if it is ours to write, False if another process dealt with it."""
     with part.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield _is_at(part, file.fileno())
