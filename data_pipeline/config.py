@@ -70,9 +70,10 @@ class CaptionConfig:
 class DataConfig:
     """Which samples a run sees, in which order, and what they look like."""
 
-    train: str | list[Source] = ""
-    """Training data: a manifest.json (or its directory), or a list of sources with weights."""
-    val: str = ""
+    train: str | list[Source] = machine("")
+    """Training data: a manifest.json (or its directory), or a list of sources with weights. The path may differ when a run
+    is resumed; what the manifests hold, and the weights, may not."""
+    val: str = machine("")
     """Held-out data for evaluation: a manifest.json (or its directory); empty for none."""
     mode: Literal["indexed", "stream"] = "indexed"
     """indexed: exact order through the manifest. stream: webdataset's own reader over shard urls, not resumable exactly."""

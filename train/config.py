@@ -21,9 +21,9 @@ class ImageTowerConfig:
     name: str = "resnet50"
     """torchvision model name."""
     weights: str = "scratch"
-    """scratch; a torchvision weights name such as DEFAULT or IMAGENET1K_V2; or a local .safetensors / .pth state dict."""
+    """scratch; a torchvision weights name such as DEFAULT or IMAGENET1K_V2; or a local .safetensors or .pth file."""
     norm: Norm = "batch"
-    """batch: statistics of the micro-batch; sync_batch: of the global batch; group: GroupNorm; frozen: fixed statistics."""
+    """Statistics. batch: of the micro-batch; sync_batch: of the global batch; group: GroupNorm; frozen: fixed."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
     lr: float | None = None
@@ -122,9 +122,9 @@ class TrainConfig:
     """Pairs per optimizer step over all processes."""
     micro_batch: int = 128
     """Pairs that go through the towers together: the unit of BatchNorm, padding and dropout; divides global_batch."""
-    resident: int = machine(0)
-    """Micro-batches whose activations a process keeps at once; 0: one. When its share fits, a step is one forward pass;
-    else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way."""
+    resident: int = machine(1)
+    """Micro-batches whose activations a process keeps at once. When its share of a step fits, the step is one forward
+    pass; else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way."""
     epochs: float = 1.0
     """Passes over the training data; used where `steps` is 0."""
     steps: int = 0
@@ -139,7 +139,7 @@ class TrainConfig:
 class EvalConfig:
     """Retrieval on held-out data during training."""
 
-    every: int = 0
+    every: int = machine(0)
     """Steps between evaluations; 0: only at the end."""
     batch: int = machine(256)
     """Pairs per forward pass of an evaluation."""

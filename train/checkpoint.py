@@ -1,0 +1,208 @@
+"""Checkpoints that are complete or absent, and can be resumed under any engine and world size.
+
+    checkpoints/step_00000500/   model.safetensors      parameters and buffers, fp32, by name
+                                 optimizer.safetensors  AdamW's moments, by parameter name
+                                 state.json             TrainState, the data's hash, versions
+                                 config.yaml            the resolved configuration
+                                 sha256.json            hash of each of the files above
+    checkpoints/latest           name of the newest one
+
+A checkpoint is written under a temporary name, synced to disk, hashed and renamed; then `latest` moves; then old ones
+leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from train import cli, distributed
+from train.config import RunConfig
+from train.engine import Engine
+from train.model import PairModel, build_model
+
+FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run needs besides weights and moments: the order is a function of the step."""
+
+    step: int = 0
+    """Steps done; the next one is `step`."""
+    samples_seen: int = 0
+    """Rows of all global batches so far."""
+    updates: int = 0
+    """Updates that the optimizer made: steps less the skipped ones."""
+    skipped: int = 0
+    """Steps without an update, because a gradient was not finite."""
+    skipped_in_row: int = 0
+    """How many of the latest steps were skipped, one after the other."""
+    bad_samples: int = 0
+    """Samples that were replaced, and written to the ledger."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all sessions."""
+    data_hash: str = ""
+    """Hash of the training data: manifests and weights."""
+    mean: list[float] = field(default_factory=list)
+    """Channel means that images are normalized with, 0 to 1."""
+    std: list[float] = field(default_factory=list)
+    """Channel standard deviations that images are normalized with, 0 to 1."""
+
+
+def save(run_dir: Path, engine: Engine, state: TrainState, config: RunConfig) -> Path:
+    """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
+
+    Raises:
+        ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
+    """
+    target = _root(run_dir) / f"step_{state.step:08d}"
+    state.updates = engine.updates()
+    weights, moments = engine.weights(), engine.moments()
+    problem = None
+    if distributed.is_main():
+        try:
+            _write(target, weights, moments, state, config)
+            _prune(run_dir, config.checkpoint.keep)
+        except OSError as error:
+            problem = f"checkpoint {target} could not be written: {error}; free or mend the disk and start again"
+    if problem := distributed.broadcast_object(problem):
+        raise ValueError(problem)
+    return target
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files have their hashes, the same on all ranks; a collective.
+
+    Damaged ones are named on the screen and passed over.
+    """
+    found = None
+    if distributed.is_main():
+        for path in _complete(run_dir):
+            if damage := verify(path):
+                print(f"checkpoint {path} is damaged ({damage}): trying the one before it", flush=True)
+            else:
+                found = path
+                break
+    return distributed.broadcast_object(found)
+
+
+def verify(path: Path) -> str:
+    """What is wrong with a checkpoint's files; empty where all is well."""
+    try:
+        hashes = json.loads((path / "sha256.json").read_text())
+        if set(hashes) != set(FILES):
+            return "sha256.json does not list its files"
+        for name, expected in hashes.items():
+            if _sha256(path / name) != expected:
+                return f"{name} does not have its hash"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def load_state(path: Path) -> TrainState:
+    """The TrainState of a verified checkpoint."""
+    content = json.loads((path / "state.json").read_text())
+    if content["format"] != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {content['format']}; this version of Duet reads {FORMAT}")
+    return TrainState(**content["state"])
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Put a checkpoint's weights into a model; before it is prepared, since ZeRO copies them then."""
+    model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def load_optimizer(path: Path, engine: Engine, state: TrainState) -> None:
+    """Put a checkpoint's moments into a prepared engine; a collective."""
+    engine.load_moments(load_file(path / "optimizer.safetensors"), state.updates)
+
+
+def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
+    """The newest model of a run, on the CPU in evaluation mode, and its configuration.
+
+    Args:
+        run_dir: a run directory, or one of its checkpoints.
+
+    Raises:
+        ValueError: there is no undamaged checkpoint.
+    """
+    path = Path(run_dir)
+    if not (path / "state.json").is_file():
+        path = newest(path)
+    if path is None:
+        raise ValueError(f"--run {run_dir}: there is no complete checkpoint in {_root(Path(run_dir))}")
+    if damage := verify(path):
+        raise ValueError(f"--run {run_dir}: the checkpoint is damaged ({damage})")
+    config, state = cli.load(path / "config.yaml"), load_state(path)
+    model = build_model(config, state.mean, state.std, pretrained=False)
+    load_weights(path, model)
+    return model.eval(), config
+
+
+def _root(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def _complete(run_dir: Path) -> list[Path]:
+    """Renamed, so complete, checkpoints; newest first."""
+    return sorted((p for p in _root(run_dir).glob("step_????????") if p.is_dir()), reverse=True)
+
+
+def _write(target: Path, weights: dict, moments: dict, state: TrainState, config: RunConfig) -> None:
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / "model.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    content = {"format": FORMAT, "state": asdict(state), "torch": str(torch.__version__)}
+    (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
+    (temporary / "config.yaml").write_text(cli.to_yaml(config))
+    hashes = {name: _sha256(temporary / name) for name in FILES}
+    (temporary / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
+    for name in (*FILES, "sha256.json"):
+        _sync(temporary / name)
+    _sync(temporary)
+    if target.exists():  # the same step again, after a restart from an older one
+        shutil.rmtree(target)
+    temporary.rename(target)
+    latest = target.with_name("latest.part")
+    latest.write_text(target.name + "\n")
+    _sync(latest)
+    latest.replace(target.with_name("latest"))
+    _sync(target.parent)
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    """Drop what is older than the `keep` newest, and what an interrupted save left."""
+    for path in _complete(run_dir)[keep:] if keep else []:
+        # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.part")))
+    for path in _root(run_dir).glob(".step_*.part"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or directory's content on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

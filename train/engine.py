@@ -1,0 +1,211 @@
+"""One way to run backward passes and optimizer steps under one process, DDP, and DeepSpeed ZeRO 1 to 3.
+
+Parameters, gradients and optimizer state are fp32 in every engine; bf16 is autocast. Gradients are means over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.loader import MicroBatch
+from train import distributed, optim
+from train.config import RunConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """The model and its optimizer, prepared by Accelerate for the engine that its config names.
+
+    Args:
+        accelerator: from `distributed.start`.
+        model: the PairModel, with its weights already in place (ZeRO copies them when it starts).
+        config: the run's configuration.
+    """
+
+    def __init__(self, accelerator, model: nn.Module, config: RunConfig):
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.config = config
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+        self.zero_stage = plugin.zero_stage if plugin is not None else None
+        if self.zero_stage == 0:
+            raise ValueError("zero_stage 0 is DDP through DeepSpeed: take launch/accelerate/ddp.yaml, or stage 1 to 3")
+        optimizer = optim.build_optimizer(model, config)
+        if self.zero_stage:
+            distributed.deepspeed_config(accelerator, config.train.micro_batch, config.optim.clip_grad)
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.module = accelerator.unwrap_model(self.wrapped)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Features of the micro-batches with their graph."""
+        return self.wrapped(micro_batches, seeds)
+
+    @torch.no_grad()
+    def features(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The same features without a graph."""
+        return self.module(micro_batches, seeds)
+
+    def exchange(self, now: bool) -> None:
+        """Before a forward: whether ranks exchange gradients in its backward, as they do in the last one of a step.
+
+        ZeRO-2 and 3 reduce in every backward (they keep no full gradients), so they have no `no_sync`; they are told
+        where the step ends instead.
+        """
+        if self.zero_stage:
+            self.wrapped.set_gradient_accumulation_boundary(now)
+        elif self.wrapped is not self.module:
+            self.wrapped.require_backward_grad_sync = now  # what DDP.no_sync sets, for forward and backward
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a scalar of which the mean over ranks is meant."""
+        if self.zero_stage:
+            self.wrapped.backward(loss)
+        else:
+            loss.backward()
+
+    def step(self) -> tuple[float, bool]:
+        """Clip, update, clamp the temperature, clear the gradients.
+
+        Returns:
+            The gradient's global norm before clipping, and whether the update was made: one decision on all ranks,
+            which is no where the norm is not finite.
+        """
+        norm, applied = self._zero_step() if self.zero_stage else self._plain_step()
+        if applied:
+            self._clamp_scale()
+        return norm, applied
+
+    def _plain_step(self) -> tuple[float, bool]:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        limit = self.config.optim.clip_grad or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        applied = math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, applied
+
+    def _zero_step(self) -> tuple[float, bool]:
+        self.wrapped.step()
+        applied = not self.wrapped.optimizer.overflow
+        norm = float(self.wrapped.get_global_grad_norm()) if applied else math.inf
+        return norm, applied
+
+    def _clamp_scale(self) -> None:
+        """Keep the logit scale in [0, log(max)]; under ZeRO its fp32 master too, which overwrites the parameter."""
+        parameter, (low, high) = self.module.log_scale, self.module.log_scale_range
+        value = self.full_parameter(parameter)
+        if low <= value.item() <= high:
+            return
+        if self.zero_stage:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.clamp(low, high))
+        if self.zero_stage != 3:
+            parameter.data.clamp_(low, high)
+
+    def set_lrs(self, step: int, total: int) -> dict[str, float]:
+        """Set every group's learning rate for this step; returns the rate of each tower."""
+        return optim.set_lrs(self.optimizer, step, total, self.config.optim)
+
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """The whole fp32 value of one parameter; under ZeRO a collective."""
+        if self.zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return parameter.detach()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, on the CPU; a collective. Complete on rank 0, empty elsewhere."""
+        keep = distributed.is_main()
+        weights = {}
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            value = self.full_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
+            if keep:
+                weights[name] = value.detach().to("cpu", copy=True).contiguous()
+        return weights
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's moments as "<parameter>.exp_avg" and "<parameter>.exp_avg_sq", on the CPU; a collective.
+
+        Complete on rank 0, empty elsewhere, and before the first update.
+        """
+        if self.updates() == 0:
+            return {}
+        keep = distributed.is_main()
+        moments = {}
+        for name, parameter in self._trainable():
+            for key in MOMENTS:
+                value = self._moment(parameter, key)
+                if keep:
+                    moments[f"{name}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        return moments
+
+    def updates(self) -> int:
+        """Updates that AdamW has made: its step count for the bias correction, the same for every parameter."""
+        counts = {int(state["step"]) for state in self._inner().state.values() if "step" in state}
+        assert len(counts) <= 1, f"parameters with different step counts: {sorted(counts)}"
+        return counts.pop() if counts else 0
+
+    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Put saved moments and the step count back, whatever engine and world size they were saved from."""
+        if updates == 0:
+            return
+        if self.zero_stage:
+            self._create_zero_state()
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            for name, parameter in self._trainable():
+                for key in MOMENTS:
+                    value = moments[f"{name}.{key}"].to(self.device).view(parameter_shape(parameter))
+                    safe_set_full_optimizer_state(parameter, value, key)
+            for state in self._inner().state.values():
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(updates))
+            return
+        optimizer = self._inner()
+        names = {id(parameter): name for name, parameter in self._trainable()}
+        ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {"step": torch.tensor(float(updates)), **{key: moments[f"{name}.{key}"] for key in MOMENTS}}
+            for index, name in enumerate(ordered)
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _create_zero_state(self) -> None:
+        """Make DeepSpeed allocate its optimizer state: one update with zero gradients, learning rate and decay."""
+        groups = self.optimizer.param_groups
+        saved = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        blank = self.module.blank_micro_batch().to(self.device)
+        self.exchange(now=True)
+        self.backward(0.0 * sum(value.float().sum() for value in self.forward([blank], [0]).values()))
+        self.wrapped.step()
+        for group, (lr, decay) in zip(groups, saved, strict=True):
+            group["lr"], group["weight_decay"] = lr, decay
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside Accelerate's and DeepSpeed's."""
+        return self.wrapped.optimizer.optimizer if self.zero_stage else self.optimizer.optimizer
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.zero_stage:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            return safe_get_full_optimizer_state(parameter, key)
+        return self._inner().state[parameter][key]
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole shape of a parameter, also where ZeRO-3 holds a part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,252 @@
+"""The training run: builds the parts, then the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.config import Source
+from data_pipeline.loader import MicroBatch, train_loader
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.order import build_order
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import normalization
+from train import checkpoint, distributed, rundir
+from train.checkpoint import TrainState
+from train.config import RunConfig
+from train.engine import Engine
+from train.evaluate import Evaluation, evaluate, table
+from train.model import build_model
+from train.preemption import EXIT_PREEMPTED, StopRequest
+from train.report import write_report
+from train.step import batch_digest, training_step
+from train.tracking import Tracker
+
+
+@dataclass
+class Run:
+    """The parts of a run, built and at the step where it goes on."""
+
+    config: RunConfig
+    directory: Path
+    engine: Engine
+    state: TrainState
+    steps: int
+    batches: Iterable[MicroBatch]
+    tokenizer: Tokenizer
+    val: Manifest | None
+    tracker: Tracker
+    stop: StopRequest
+
+
+def run(config: RunConfig) -> int:
+    """Train, or go on, or say that it is done. Returns the exit status: 0, or 85 where a signal stopped it.
+
+    Raises:
+        ValueError: something that the user can mend; the message names the field, the value and the remedy.
+    """
+    check(config)
+    stop = StopRequest()
+    accelerator = distributed.start()
+    directory = rundir.open_run(config)
+    if results := rundir.read_results(directory):
+        announce(directory, results, "is finished already; choose another --name to train anew")
+        return 0
+    return train(build(config, accelerator, directory, stop))
+
+
+def train(run: Run) -> int:
+    """The loop: fetch, step, account, and now and then evaluate and save."""
+    config, engine, state, tracker = run.config, run.engine, run.state, run.tracker
+    batches = iter(run.batches)
+    share = share_of(config)
+    clock = time.perf_counter()
+    while state.step < run.steps:
+        micro_batches = fetch(batches, share, engine.device)
+        waited = time.perf_counter() - clock
+        lrs = engine.set_lrs(state.step, run.steps)
+        metrics = training_step(engine, micro_batches, config)
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        stopping, digest = account(run, micro_batches, metrics, seconds)
+        rate = config.train.global_batch / seconds
+        speed = {"samples_per_second": rate, "data_wait": waited / seconds, "batch_digest": digest}
+        tracker.log(state.step, metrics | {f"lr/{tower}": lr for tower, lr in lrs.items()} | speed)
+
+        done = state.step == run.steps
+        if run.val is not None and not done and due(state.step, config.eval.every):
+            tracker.log(state.step, held_out(run).metrics, prefix="val/")
+        if done or stopping or due(state.step, config.checkpoint.every):
+            checkpoint.save(run.directory, engine, state, config)
+        if stopping and not done:
+            tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
+            return EXIT_PREEMPTED
+        clock = time.perf_counter()
+    return finish(run)
+
+
+def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, str]:
+    """Move the state on by one step, write the ledger, and agree with all ranks on what has happened.
+
+    Returns:
+        The signal for which all ranks stop ("" for none), and the digest of the sample order of the global batch.
+
+    Raises:
+        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`.
+    """
+    config, state = run.config, run.state
+    own = [record for batch in micro_batches for record in batch.bad]
+    digest = batch_digest(micro_batches, config.train.micro_batch)
+    news = torch.tensor([len(own), int(bool(run.stop.name)), digest], dtype=torch.int64, device=run.engine.device)
+    bad, stops, digest = distributed.all_reduce_sum(news).tolist()
+
+    state.step += 1
+    state.samples_seen += config.train.global_batch
+    state.seconds += seconds
+    state.bad_samples += bad
+    state.skipped += metrics["skipped"]
+    state.skipped_in_row = state.skipped_in_row + 1 if metrics["skipped"] else 0
+    if bad:
+        run.tracker.ledger([record for records in distributed.gather_objects(own) for record in records])
+    # Ten, because one bad sample in the first batch would already be a large share of the samples seen.
+    if state.bad_samples > max(10, config.data.max_bad_fraction * state.samples_seen):
+        raise ValueError(
+            f"--data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
+            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Mend the data or raise it"
+        )
+    if state.skipped_in_row > config.train.max_skipped:
+        raise ValueError(
+            f"--train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
+            "steps. Lower --optim.lr, lengthen --optim.warmup_steps, or train in fp32"
+        )
+    stopping = (run.stop.name or "a signal to another rank") if stops else ""
+    return stopping, f"{digest % 2**64:016x}"
+
+
+def finish(run: Run) -> int:
+    """Evaluate the finished model, write the report and mark the run as done."""
+    state = run.state
+    evaluation = held_out(run) if run.val is not None else None
+    results = {
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "seconds": round(state.seconds, 1),
+        "bad_samples": state.bad_samples,
+        "skipped_steps": state.skipped,
+        "val": evaluation.metrics if evaluation else {},
+    }
+    if evaluation is not None:
+        run.tracker.log(state.step, evaluation.metrics, prefix="val/")
+    run.tracker.finish(0)
+    if distributed.is_main():
+        write_report(run.directory, run.config, results, evaluation, run.val)
+        rundir.write_results(run.directory, results)
+        announce(run.directory, results, "is finished")
+    distributed.barrier()
+    return 0
+
+
+def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) -> Run:
+    """All parts of a run, resumed from its newest undamaged checkpoint where there is one."""
+    sources = config.data.train if isinstance(config.data.train, list) else [Source(config.data.train)]
+    manifests = [load_manifest(source.data) for source in sources]
+    weights = [source.weight for source in sources]
+    batch = config.train.global_batch
+    order = build_order(manifests, weights, batch, config.data.lanes, config.train.seed, config.data.shuffle_shards)
+    steps = config.train.steps or max(1, round(config.train.epochs * order.steps_per_epoch))
+    mean, std = normalization(config.data.normalize, manifests[0].statistics)
+    data_hash = " ".join(f"{manifest.hash} x{weight:g}" for manifest, weight in zip(manifests, weights, strict=True))
+    state = TrainState(data_hash=data_hash, mean=list(mean), std=list(std))
+
+    found = checkpoint.newest(directory)
+    torch.manual_seed(config.train.seed)  # the same fresh weights on every rank
+    model = build_model(config, mean, std, pretrained=found is None)
+    if found is not None:
+        state = checkpoint.load_state(found)
+        if state.data_hash != data_hash:
+            raise ValueError(
+                f"--data.train: {found} was trained on other data ({state.data_hash}, now {data_hash}). "
+                "Give the data of before, or choose another --name"
+            )
+        checkpoint.load_weights(found, model)
+    engine = Engine(accelerator, model, config)
+    if found is not None:
+        checkpoint.load_optimizer(found, engine, state)
+
+    tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
+    batches = train_loader(
+        config.data,
+        order,
+        manifests,
+        tokenizer,
+        seed=config.train.seed,
+        global_batch=batch,
+        micro_batch=config.train.micro_batch,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        start_step=state.step,
+        stop_step=steps,
+    )
+    val = load_manifest(config.data.val) if config.data.val else None
+    tracker = Tracker(config, directory, resumed_step=state.step, total_steps=steps)
+    if found is not None:
+        tracker.message(f"going on from {found}")
+    return Run(config, directory, engine, state, steps, batches, tokenizer, val, tracker, stop)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a batch that cannot be dealt; before anything is started."""
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if micro < 1 or batch < 1 or batch % micro:
+        raise ValueError(
+            f"--train.global_batch {batch} is not divisible by --train.micro_batch {micro}: "
+            f"try --train.global_batch {max(1, batch // max(micro, 1)) * max(micro, 1)}"
+        )
+    if not config.data.train:
+        raise ValueError("--data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
+
+
+def share_of(config: RunConfig) -> int:
+    """Micro-batches of a step that each process trains on.
+
+    Raises:
+        ValueError: they cannot be dealt evenly to the processes.
+    """
+    micro_batches, world = config.train.global_batch // config.train.micro_batch, distributed.world_size()
+    if micro_batches % world:
+        raise ValueError(
+            f"--train.global_batch {config.train.global_batch} has {micro_batches} micro-batches of "
+            f"--train.micro_batch {config.train.micro_batch}, which {world} processes cannot share evenly: "
+            f"choose a multiple of {config.train.micro_batch * world} as --train.global_batch, or other processes"
+        )
+    return micro_batches // world
+
+
+def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:
+    """This process's micro-batches of the next step, on its device."""
+    return [next(batches).to(device, non_blocking=True) for _ in range(share)]
+
+
+def held_out(run: Run) -> Evaluation:
+    """Retrieval on the held-out data with the weights of now."""
+    accelerator = run.engine.accelerator
+    return evaluate(run.engine.module, run.config, run.tokenizer, run.val, autocast=accelerator.autocast)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps is due; never where `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def announce(directory: Path, results: dict, how: str) -> None:
+    """What the user sees at the end of a run, and on starting a finished one."""
+    if not distributed.is_main():
+        return
+    print(f"\nThe run in {directory} {how}: {results['steps']} steps, {results['seconds']:.0f} s of training.")
+    if results["val"]:
+        print(table(results["val"]))
+        print(f"Report: {directory / 'report' / 'index.html'}")

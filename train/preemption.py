@@ -1,0 +1,30 @@
+"""Being asked to stop: a signal to any rank sets a flag, the ranks agree on it at a step boundary, save and leave."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+EXIT_PREEMPTED = 85
+"""Exit status of a run that a signal stopped with its state saved: start it again with the same command."""
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+
+
+class StopRequest:
+    """Catches TERM, INT, USR1 and USR2 from now on; `name` is the signal that came, empty before that.
+
+    Nothing is saved inside the handler, since the step that it interrupts is half done. A second INT ends the process
+    at once, for the user who does not want to wait for the step.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.name == "SIGINT" and number == signal.SIGINT:
+            sys.exit(130)
+        self.name = self.name or signal.Signals(number).name

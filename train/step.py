@@ -1,0 +1,136 @@
+"""One optimizer step: the gradient of the contrastive loss over the global batch, however its micro-batches are dealt.
+
+The towers see a micro-batch at a time; the loss sees all B rows. Where a process keeps the activations of its whole
+share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph, the loss gives
+the gradient with respect to the features, and a second forward of each part carries it into the towers (GradCache, arXiv
+2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
+
+Shape suffixes: B global batch, b rows of this process, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import MicroBatch
+from train import distributed, norm
+from train.config import LossConfig, RunConfig
+from train.engine import Engine
+from train.loss import contrastive_loss
+
+Outputs = dict[str, Tensor]
+SCALARS = ("logit_scale", "logit_bias")
+
+
+def training_step(engine: Engine, micro_batches: Sequence[MicroBatch], config: RunConfig) -> dict[str, float]:
+    """Train on one global batch.
+
+    Args:
+        micro_batches: this process's share of the step, in order, on the engine's device.
+
+    Returns:
+        Metrics of the step, the same on every rank.
+    """
+    seeds = [micro_batch_seed(config.train.seed, batch.step, batch.index) for batch in micro_batches]
+    size = max(1, config.train.resident)
+    parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
+    cached = len(parts) > 1
+
+    engine.exchange(now=not cached)
+    with norm.recording(engine.module):
+        outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
+
+    loss, gradients = loss_gradients(outputs, config.loss, *row_ids(micro_batches, config.loss))
+
+    for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
+        engine.exchange(now=number == len(parts))
+        output = engine.forward(*part) if cached else outputs[0]
+        engine.backward(sum((output[name] * value).sum() for name, value in gradient.items()))
+
+    grad_norm, applied = engine.step()
+    if applied:
+        count = config.train.global_batch // config.train.micro_batch
+        norm.update_running(engine.module, distributed.all_reduce_sum, count)
+    else:
+        norm.forget_recorded(engine.module)
+    scale = float(outputs[0]["logit_scale"])
+    return {"loss": loss, "grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
+
+
+def loss_gradients(
+    outputs: Sequence[Outputs], config: LossConfig, image_ids_B: Tensor | None = None, text_ids_B: Tensor | None = None
+) -> tuple[float, list[Outputs]]:
+    """The loss over the global batch and its gradient with respect to every part's outputs.
+
+    Args:
+        outputs: what the model returned for each part of this process's rows: features [rows, D] and scalars [1].
+        image_ids_B, text_ids_B: equal numbers mark duplicates, for `loss.mask_duplicates`.
+
+    Returns:
+        The global loss, and per part a tensor for every output. A process's loss is that of its own rows, so that the
+        mean over ranks is the global loss: features get the sum of all ranks' gradients, which the engine averages.
+    """
+    names = [name for name in outputs[0] if name not in SCALARS]
+    scalars = {name: outputs[0][name].detach().requires_grad_() for name in SCALARS if name in outputs[0]}
+    own = {name: torch.cat([output[name].detach() for output in outputs]) for name in names}
+    full = {name: distributed.all_gather_rows(value).requires_grad_() for name, value in own.items()}
+
+    rows = own["image"].shape[0]
+    start = rows * distributed.rank()
+    loss = contrastive_loss(
+        full["image"],
+        full["text"],
+        scalars["logit_scale"],
+        start=start,
+        stop=start + rows,
+        config=config,
+        bias=scalars.get("logit_bias"),
+        image_ids_B=image_ids_B,
+        text_ids_B=text_ids_B,
+    )
+    loss.backward()
+
+    sizes = [output["image"].shape[0] for output in outputs]
+    split = {name: distributed.reduce_scatter_rows(full[name].grad).split(sizes) for name in names}
+    # Scalars come out of every part's forward; each part carries an equal share of their gradient.
+    shares = {name: value.grad / len(outputs) for name, value in scalars.items()}
+    gradients = [{name: split[name][part] for name in names} | shares for part in range(len(outputs))]
+    mean = distributed.all_reduce_sum(loss.detach().clone()) / distributed.world_size()
+    return float(mean), gradients
+
+
+def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:
+    """Numbers [B] int64 that are equal for rows with the same sample key, and for rows with the same caption tokens."""
+    if not config.mask_duplicates:
+        return None, None
+    captions, images = [], []
+    for batch in micro_batches:
+        for ids, mask in zip(batch.ids_BL.tolist(), batch.mask_BL.tolist(), strict=True):
+            captions.append(_digest(repr(ids[: sum(mask)]).encode()))
+        images += [_digest(key.encode()) for key in batch.keys]
+    device = micro_batches[0].images_BCHW.device
+    own = [torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions)]
+    return distributed.all_gather_rows(own[0]), distributed.all_gather_rows(own[1])
+
+
+def micro_batch_seed(seed: int, step: int, index: int) -> int:
+    """The dropout seed of one micro-batch: the same wherever, and how often, it runs."""
+    return _digest(f"{seed}/{step}/{index}".encode())
+
+
+def batch_digest(micro_batches: Sequence[MicroBatch], micro_batch: int) -> int:
+    """A number of which the sum over ranks (modulo 2^64) tells which sample stood in which row of the global batch."""
+    total = 0
+    for batch in micro_batches:
+        for row, key in enumerate(batch.keys, start=batch.index * micro_batch):
+            total += _digest(f"{row} {key}".encode())
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def _digest(data: bytes) -> int:
+    """63 bits of a hash."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
