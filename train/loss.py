@@ -1,0 +1,106 @@
+"""Contrastive losses as pure functions of the global batch's features.
+
+softmax: symmetric cross-entropy over the rows and columns of the similarity matrix (CLIP, arXiv 2103.00020, figure 3).
+sigmoid: one binary decision per pair (SigLIP, arXiv 2303.15343, algorithm 1).
+
+A rank owns rows [start, stop) of the global batch. Its loss is the share of those rows, and the mean of that over ranks
+is the loss of the global batch; so are the gradients, once summed over ranks and divided by their number.
+
+B: pairs of the global batch, b: pairs of this rank, D: features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.config import LossConfig
+from train.loss_tiled import Ids, exact_matmul, tiled_sigmoid, tiled_softmax
+
+
+def contrastive_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    *,
+    start: int,
+    stop: int,
+    config: LossConfig,
+    bias: Tensor | None = None,
+    image_ids_B: Tensor | None = None,
+    text_ids_B: Tensor | None = None,
+) -> Tensor:
+    """The share of rows [start, stop) in the contrastive loss of the global batch; a scalar, fp32 inside.
+
+    image_BD, text_BD: features of all ranks, L2-normalized; row i of one belongs to row i of the other.
+    logit_scale: [1], what cosine similarities are multiplied by (exp already applied). bias: [1], sigmoid only.
+    image_ids_B, text_ids_B: integers, equal for equal images or captions; used where config.mask_duplicates is set.
+    Differentiable in image_BD, text_BD, logit_scale and bias, once.
+    """
+    B = image_BD.shape[0]
+    assert image_BD.shape == text_BD.shape, f"image {tuple(image_BD.shape)} and text {tuple(text_BD.shape)} features"
+    assert 0 <= start < stop <= B, f"rows {start} to {stop} of {B}"
+    ids = None
+    if config.mask_duplicates:
+        assert image_ids_B is not None and text_ids_B is not None, "loss.mask_duplicates needs the ids of the batch"
+        ids = Ids(image_ids_B, text_ids_B)
+    own = slice(start, stop)
+    with exact_matmul(image_BD.device.type):
+        dtype = torch.promote_types(image_BD.dtype, torch.float32)
+        image_BD, text_BD, scale = image_BD.to(dtype), text_BD.to(dtype), logit_scale.to(dtype).reshape(())
+        if config.kind == "sigmoid":
+            bias = torch.zeros_like(scale) if bias is None else bias.to(dtype).reshape(())
+            loss = tiled_sigmoid if config.rows == "tiled" else _sigmoid
+            return loss(image_BD, text_BD, scale, bias, own, config, ids)
+        loss = tiled_softmax if config.rows == "tiled" else _softmax
+        return loss(image_BD, text_BD, scale, own, config, ids)
+
+
+def _softmax(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, own: slice, config: LossConfig, ids: Ids | None
+) -> Tensor:
+    """rows: full computes the logits of all rows and keeps its own; local computes its own."""
+    B = image_BD.shape[0]
+    rows = slice(0, B) if config.rows == "full" else own
+    logits_image = scale * image_BD[rows] @ text_BD.T
+    logits_text = logits_image.T if config.rows == "full" else scale * text_BD[rows] @ image_BD.T
+    excluded = None if ids is None else ids.duplicates(rows, slice(0, B))
+    losses = sum(_cross_entropy(logits, rows, config, excluded) for logits in (logits_image, logits_text)) / 2
+    return losses[own.start - rows.start : own.stop - rows.start].mean()
+
+
+def _cross_entropy(logits: Tensor, rows: slice, config: LossConfig, excluded: Tensor | None) -> Tensor:
+    """[rows, B] -> [rows]; the target of row i is column i, smoothed over the columns that are not excluded."""
+    own = torch.arange(rows.start, rows.stop, device=logits.device)
+    if excluded is None:
+        return F.cross_entropy(logits, own, reduction="none", label_smoothing=config.label_smoothing)
+    logsumexp = logits.masked_fill(excluded, -torch.inf).logsumexp(1)
+    positive = logits.diagonal(rows.start)
+    mean = logits.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
+    return logsumexp - (1 - config.label_smoothing) * positive - config.label_smoothing * mean
+
+
+def _sigmoid(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    own: slice,
+    config: LossConfig,
+    ids: Ids | None,
+) -> Tensor:
+    """Per row of images, the sum over texts of softplus(logit) - target * logit; excluded pairs weigh nothing."""
+    B = image_BD.shape[0]
+    rows = slice(0, B) if config.rows == "full" else own
+    logits = scale * image_BD[rows] @ text_BD.T + bias
+    positive = logits.diagonal(rows.start)
+    costs = F.softplus(logits)
+    if ids is None:
+        mean = logits.mean(1)
+    else:
+        excluded = ids.duplicates(rows, slice(0, B))
+        costs = costs.masked_fill(excluded, 0)
+        mean = logits.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
+    losses = costs.sum(1) - (1 - config.label_smoothing) * positive - config.label_smoothing * mean
+    return losses[own.start - rows.start : own.stop - rows.start].mean()

@@ -1,0 +1,247 @@
+"""The losses of train.loss a tile of logits at a time: neither B x B nor b x B numbers ever exist together.
+
+softmax: an online log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867), in both directions in one pass over the tiles
+where a process owns all rows; its maxima and sums are saved, and the backward pass computes each tile again.
+sigmoid: a sum over pairs, so one pass yields the loss and its gradients.
+
+b: rows of this rank, B: pairs of the global batch, D: features, r and c: rows and columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from train.config import LossConfig
+
+
+class Ids(NamedTuple):
+    """Which images and which captions of the global batch are the same: equal numbers mean equal content."""
+
+    image_B: Tensor
+    text_B: Tensor
+
+    def duplicates(self, rows: slice, columns: slice) -> Tensor:
+        """[r, c], true for pairs that are no true negatives: the same image or caption, but not the pair itself."""
+        same_rc = self.image_B[rows, None] == self.image_B[None, columns]
+        same_rc |= self.text_B[rows, None] == self.text_B[None, columns]
+        offset = rows.start - columns.start
+        if -same_rc.shape[0] < offset < same_rc.shape[1]:
+            same_rc.diagonal(offset).fill_(False)
+        return same_rc
+
+    def kept(self) -> Tensor:
+        """[B], how many pairs remain in each row, the positive among them; by inclusion and exclusion."""
+        B = self.image_B.shape[0]
+        images_B, texts_B = (torch.unique(ids_B, return_inverse=True)[1] for ids_B in self)
+        both_B = torch.unique(images_B * B + texts_B, return_inverse=True)[1]
+        same_image_B, same_text_B, same_both_B = (torch.bincount(group)[group] for group in (images_B, texts_B, both_B))
+        return B + 1 - (same_image_B + same_text_B - same_both_B)
+
+
+@contextmanager
+def exact_matmul(device_type: str) -> Iterator[None]:
+    """Matrix products in the precision of their arguments: no autocast, no TF32 or bf16 inside."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def tiled_softmax(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, own: slice, config: LossConfig, ids: Ids | None
+) -> Tensor:
+    """The softmax loss of rows `own` in both directions."""
+    options = _Options(own, config.tile, config.label_smoothing, ids)
+    if own.stop - own.start == image_BD.shape[0]:
+        return _TiledSoftmax.apply(image_BD, text_BD, scale, options, True)
+    from_image = _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, False)
+    from_text = _TiledSoftmax.apply(text_BD[own], image_BD, scale, options, False)
+    return (from_image + from_text) / 2
+
+
+def tiled_sigmoid(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, own: slice, config: LossConfig, ids: Ids | None
+) -> Tensor:
+    """The sigmoid loss of image rows `own` with all texts."""
+    options = _Options(own, config.tile, config.label_smoothing, ids)
+    return _TiledSigmoid.apply(image_BD[own], text_BD, scale, bias, options)
+
+
+class _Options(NamedTuple):
+    own: slice
+    tile: int
+    smoothing: float
+    ids: Ids | None
+
+    def even(self, features_BD: Tensor) -> Tensor:
+        """[B], 1 / the number of pairs over which the label smoothing of a row spreads."""
+        B = features_BD.shape[0]
+        return 1 / (features_BD.new_full((B,), B) if self.ids is None else self.ids.kept().to(features_BD.dtype))
+
+
+class _Tile(NamedTuple):
+    """Part of the logits: `rows` of the rank's b, `columns` of the B; elements [i, i + offset] are the true pairs."""
+
+    rows: slice
+    columns: slice
+    offset: int
+    logits_rc: Tensor
+    scratch_rc: Tensor
+    excluded_rc: Tensor | None
+
+    def positives(self, tile_rc: Tensor) -> Tensor:
+        """A view of a tile's elements that belong to true pairs; mostly empty."""
+        if -tile_rc.shape[0] < self.offset < tile_rc.shape[1]:
+            return tile_rc.diagonal(self.offset)
+        return tile_rc[:0, 0]
+
+    @property
+    def positive_rows(self) -> slice:
+        """Which of the rank's rows have their true pair in this tile."""
+        first = self.rows.start + max(0, -self.offset)
+        return slice(first, first + self.positives(self.logits_rc).shape[0])
+
+
+def _tiles(rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, options: _Options) -> Iterator[_Tile]:
+    """Walks over scale * rows_bD @ columns_BD.T. All tiles share the same memory: each lasts until the next."""
+    scaled_bD = rows_bD * scale
+    b, B, start = rows_bD.shape[0], columns_BD.shape[0], options.own.start
+    buffers = [rows_bD.new_empty(min(options.tile, b) * min(options.tile, B)) for _ in range(2)]
+    for i in range(0, b, options.tile):
+        rows = slice(i, min(i + options.tile, b))
+        in_batch = slice(start + rows.start, start + rows.stop)
+        for j in range(0, B, options.tile):
+            columns = slice(j, min(j + options.tile, B))
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            logits_rc, scratch_rc = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+            torch.mm(scaled_bD[rows], columns_BD[columns].T, out=logits_rc)
+            excluded_rc = None if options.ids is None else options.ids.duplicates(in_batch, columns)
+            yield _Tile(rows, columns, in_batch.start - columns.start, logits_rc, scratch_rc, excluded_rc)
+
+
+class _CrossEntropy:
+    """One direction of the softmax loss: running maximum, sum of exponentials relative to it, and mean of n rows.
+
+    dim: 1 for the rows of the logits, 0 for their columns. even_n: 1 / the number of pairs kept in each.
+    """
+
+    def __init__(self, even_n: Tensor, dim: int):
+        self.even_n, self.dim = even_n, dim
+        self.max_n = torch.full_like(even_n, torch.finfo(even_n.dtype).min)
+        self.sum_n, self.mean_n = torch.zeros_like(even_n), torch.zeros_like(even_n)
+
+    def update(self, tile: _Tile, smoothing: float) -> None:
+        """Takes in a tile; excluded logits are the lowest finite number."""
+        where = tile.rows if self.dim == 1 else tile.columns
+        if smoothing:
+            kept_rc = tile.logits_rc
+            if tile.excluded_rc is not None:
+                kept_rc = torch.where(tile.excluded_rc, 0, kept_rc)
+            self.mean_n[where] += kept_rc.sum(self.dim) * self.even_n[where]
+        old_max = self.max_n[where]
+        new_max = torch.maximum(old_max, tile.logits_rc.amax(self.dim))
+        powers_rc = torch.sub(tile.logits_rc, new_max.unsqueeze(self.dim), out=tile.scratch_rc).exp_()
+        self.sum_n[where] = self.sum_n[where] * (old_max - new_max).exp() + powers_rc.sum(self.dim)
+        self.max_n[where] = new_max
+
+    def loss(self, positive_n: Tensor, smoothing: float) -> Tensor:
+        """The mean over n of log-sum-exp - (1 - smoothing) * positive - smoothing * mean."""
+        losses_n = (self.max_n - positive_n) + self.sum_n.log()
+        if smoothing:
+            losses_n += smoothing * (positive_n - self.mean_n)
+        return losses_n.mean()
+
+
+class _TiledSoftmax(Function):
+    """Mean cross-entropy of rows_bD against all columns; with `both` (b = B), averaged with that of the columns."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, options: _Options, both: bool) -> Tensor:
+        even_B = options.even(columns_BD)
+        row = _CrossEntropy(even_B[options.own], 1)
+        directions = [row, _CrossEntropy(even_B, 0)] if both else [row]
+        positive_b = torch.empty_like(row.max_n)
+        for tile in _tiles(rows_bD, columns_BD, scale, options):
+            positive_b[tile.positive_rows] = tile.positives(tile.logits_rc)
+            if tile.excluded_rc is not None:
+                # Finite, so that a tile in which all of a row is excluded makes no NaN; its share fades to 0 later.
+                tile.logits_rc.masked_fill_(tile.excluded_rc, torch.finfo(rows_bD.dtype).min)
+            for direction in directions:
+                direction.update(tile, options.smoothing)
+        ctx.options, ctx.both = options, both
+        ctx.save_for_backward(rows_bD, columns_BD, scale, even_B, *(t for d in directions for t in (d.max_n, d.sum_n)))
+        return torch.stack([direction.loss(positive_b, options.smoothing) for direction in directions]).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows_bD, columns_BD, scale, even_B, max_b, sum_b, *column = ctx.saved_tensors
+        own, smoothing = ctx.options.own, ctx.options.smoothing
+        directions = 2 if ctx.both else 1
+        weight = grad / (directions * rows_bD.shape[0])
+        share_b, share_B = weight / sum_b, weight / column[1] if ctx.both else None
+        grad_rows_bD, grad_columns_BD = torch.zeros_like(rows_bD), torch.zeros_like(columns_BD)
+        with exact_matmul(rows_bD.device.type):
+            for tile in _tiles(rows_bD, columns_BD, scale, ctx.options):
+                grad_rc = torch.sub(tile.logits_rc, max_b[tile.rows, None], out=tile.scratch_rc).exp_()
+                grad_rc.mul_(share_b[tile.rows, None])
+                if smoothing:
+                    grad_rc.sub_((smoothing * weight * even_B[own][tile.rows])[:, None])
+                if ctx.both:
+                    grad_rc.addcmul_(tile.logits_rc.sub_(column[0][tile.columns]).exp_(), share_B[tile.columns])
+                    if smoothing:
+                        grad_rc.sub_(smoothing * weight * even_B[tile.columns])
+                if tile.excluded_rc is not None:
+                    grad_rc.masked_fill_(tile.excluded_rc, 0)
+                tile.positives(grad_rc).sub_(directions * (1 - smoothing) * weight)
+                grad_rows_bD[tile.rows].addmm_(grad_rc, columns_BD[tile.columns])
+                grad_columns_BD[tile.columns].addmm_(grad_rc.T, rows_bD[tile.rows])
+        grad_scale = (grad_rows_bD * rows_bD).sum()
+        return grad_rows_bD.mul_(scale), grad_columns_BD.mul_(scale), grad_scale, None, None
+
+
+class _TiledSigmoid(Function):
+    """Mean over rows_bD of the binary cross-entropies with all columns, summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, bias: Tensor, options: _Options
+    ) -> Tensor:
+        smoothing, even_b = options.smoothing, options.even(columns_BD)[options.own]
+        losses_b = torch.zeros_like(even_b)
+        grad_rows_bD, grad_columns_BD = torch.zeros_like(rows_bD), torch.zeros_like(columns_BD)
+        grad_bias = torch.zeros_like(bias)
+        for tile in _tiles(rows_bD, columns_BD, scale, options):
+            logits_rc = tile.logits_rc.add_(bias)
+            targets_r = smoothing * even_b[tile.rows]
+            grad_rc = torch.sigmoid(logits_rc, out=tile.scratch_rc).sub_(targets_r[:, None])
+            costs_rc = F.logsigmoid(-logits_rc).neg_().sub_(logits_rc * targets_r[:, None])
+            if tile.excluded_rc is not None:
+                grad_rc.masked_fill_(tile.excluded_rc, 0)
+                costs_rc.masked_fill_(tile.excluded_rc, 0)
+            tile.positives(grad_rc).sub_(1 - smoothing)
+            tile.positives(costs_rc).sub_((1 - smoothing) * tile.positives(logits_rc))
+            losses_b[tile.rows] += costs_rc.sum(1)
+            grad_bias += grad_rc.sum()
+            grad_rows_bD[tile.rows].addmm_(grad_rc, columns_BD[tile.columns])
+            grad_columns_BD[tile.columns].addmm_(grad_rc.T, rows_bD[tile.rows])
+        grad_scale = (grad_rows_bD * rows_bD).sum()
+        ctx.save_for_backward(grad_rows_bD.mul_(scale), grad_columns_BD.mul_(scale), grad_scale, grad_bias)
+        return losses_b.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight = grad / ctx.saved_tensors[0].shape[0]
+        return *(weight * saved for saved in ctx.saved_tensors), None
