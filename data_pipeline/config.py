@@ -71,18 +71,18 @@ class DataConfig:
     """Which samples a run sees, in which order, and what they look like."""
 
     train: str | list[Source] = machine("")
-    """Training data: a manifest.json (or its directory), or a list of sources with weights. The path may differ when a run
-    is resumed; what the manifests hold, and the weights, may not."""
+    """Training data: a manifest.json (or its directory), or a list of sources with weights. The path may differ when a
+    run is resumed; what the manifests hold, and the weights, may not."""
     val: str = machine("")
     """Held-out data for evaluation: a manifest.json (or its directory); empty for none."""
     mode: Literal["indexed", "stream"] = "indexed"
-    """indexed: exact order through the manifest. stream: webdataset's own reader over shard urls, not resumable exactly."""
+    """indexed: exact order through the manifest. stream: webdataset's own reader over shard urls, inexact."""
     image_size: int = 224
     """Height and width of the images that the tower sees, in pixels."""
     max_tokens: int = 77
     """Longest caption in tokens, special tokens included; longer ones are cut."""
     normalize: str | tuple[tuple[float, float, float], tuple[float, float, float]] = "imagenet"
-    """Channel statistics: imagenet, dataset (from the training manifest), or [[mean r, g, b], [std r, g, b]] in 0..1."""
+    """Channel statistics: imagenet, dataset (of the training manifest), or [[mean r, g, b], [std r, g, b]], 0 to 1."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour, 0 to 255, that is put behind transparent images."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -116,7 +116,7 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     if state.bad_samples > max(10, config.data.max_bad_fraction * state.samples_seen):
         raise ValueError(
             f"--data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
-            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Mend the data or raise it"
+            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Mend them, or raise it"
         )
     if state.skipped_in_row > config.train.max_skipped:
         raise ValueError(

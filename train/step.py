@@ -1,9 +1,9 @@
 """One optimizer step: the gradient of the contrastive loss over the global batch, however its micro-batches are dealt.
 
 The towers see a micro-batch at a time; the loss sees all B rows. Where a process keeps the activations of its whole
-share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph, the loss gives
-the gradient with respect to the features, and a second forward of each part carries it into the towers (GradCache, arXiv
-2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
+share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph, the loss
+gives the gradient with respect to the features, and a second forward of each part carries it into the towers (GradCache,
+arXiv 2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
 
 Shape suffixes: B global batch, b rows of this process, D embedding.
 """
