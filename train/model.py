@@ -1,0 +1,151 @@
+"""The pair of towers: from micro-batches to unit vectors in one space, and the temperature.
+
+Shape suffixes: B images or captions, C channels, H height, W width, L tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.batch import MicroBatch
+from train.config import ModelConfig, RunConfig
+from train.norm import convert
+from train.towers import ImageTower, TextTower
+
+# Where SigLIP starts (arXiv 2303.15343, section 3.2): most pairs of a batch are negatives, so the bias is low.
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
+
+
+class PairModel(nn.Module):
+    """Image tower, text tower, a projection of each, and the logit scale.
+
+    Args:
+        config: both towers, the embedding, the temperature.
+        image_size: height and width of the images, in pixels.
+        mean, std: of each channel of images scaled to 0..1.
+        sigmoid: for the sigmoid loss: a learned logit bias, and SigLIP's initial scale.
+        pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
+
+    A tower that never learns (locked_until -1) takes no gradient and stays in evaluation mode: no dropout, normalized
+    by its running statistics.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        sigmoid: bool = False,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+        self.image = ImageTower(config.image, image_size, pretrained)
+        convert(self.image, config.image.norm)
+        self.text = TextTower(config.text, pretrained)
+        self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=config.projection_bias)
+        self.text_projection = nn.Linear(self.text.width, config.embed_dim, bias=config.projection_bias)
+        scale = SIGMOID_SCALE if sigmoid else 1 / config.temperature
+        # Shape [1]: DeepSpeed fails on parameters without dimensions.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
+        self.log_scale_range = (0.0, math.log(config.max_logit_scale))
+        self.logit_bias = nn.Parameter(torch.tensor([SIGMOID_BIAS])) if sigmoid else None
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1))
+        for tower in self._locked():
+            tower.requires_grad_(False)
+        self.train()
+
+    def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Each micro-batch through both towers by itself, with its own dropout seed.
+
+        The same seeds give the same features again; the caller's random state stays as it is. With norm sync_batch the
+        images of all micro-batches go through the image tower together, after the first one's seed.
+
+        Returns:
+            image, text: float32 unit vectors [B, D] of all micro-batches, in order.
+            logit_scale: [1], what cosines are multiplied by; with the sigmoid loss logit_bias: [1], what is then added.
+        """
+        device = self.mean.device
+        together = self.config.image.norm == "sync_batch"
+        images, texts = [], []
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for number, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
+                torch.manual_seed(seed)
+                if not together:
+                    images.append(self.encode_image(batch.images_BCHW))
+                elif number == 0:
+                    images.append(self.encode_image(torch.cat([each.images_BCHW for each in micro_batches])))
+                texts.append(self.encode_text(batch.ids_BL, batch.mask_BL))
+        outputs = {"image": torch.cat(images), "text": torch.cat(texts), "logit_scale": self.log_scale.float().exp()}
+        if self.logit_bias is not None:
+            outputs["logit_bias"] = self.logit_bias.float().clone()
+        return outputs
+
+    def encode_image(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] -> float32 unit vectors [B, D]."""
+        # Rearranged while a pixel is one byte.
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last).float()
+        normalized_BCHW = (images_BCHW / 255 - self.mean) / self.std
+        return F.normalize(self.image_projection(self.image(normalized_BCHW)).float(), dim=-1)
+
+    def encode_text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Token ids and mask, int64 [B, L] -> float32 unit vectors [B, D]."""
+        return F.normalize(self.text_projection(self.text(ids_BL, mask_BL)).float(), dim=-1)
+
+    def clamp_(self) -> None:
+        """Keeps the logit scale between 1 and its largest value; to be called after every update."""
+        self.log_scale.data.clamp_(*self.log_scale_range)
+
+    def blank_micro_batch(self) -> MicroBatch:
+        """The smallest micro-batch that goes through the model: two black images with captions of zeros."""
+        ids_BL = torch.zeros(2, 8, dtype=torch.int64)
+        images_BCHW = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return MicroBatch(images_BCHW, ids_BL, torch.ones_like(ids_BL), index=0, step=0, keys=["", ""])
+
+    def train(self, mode: bool = True) -> PairModel:
+        """Training or evaluation mode; a tower that never learns stays in evaluation mode."""
+        super().train(mode)
+        for tower in self._locked():
+            tower.eval()
+        return self
+
+    def _locked(self) -> list[nn.Module]:
+        towers = ((self.image, self.config.image), (self.text, self.config.text))
+        return [tower for tower, config in towers if config.locked_until < 0]
+
+
+def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], pretrained: bool = True) -> PairModel:
+    """The model of a run; its fresh weights are a function of train.seed.
+
+    Args:
+        mean, std: of each channel of images scaled to 0..1.
+        pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
+
+    Raises:
+        ValueError: a tower cannot be built, or captions may be longer than the text tower has positions.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = PairModel(
+            config.model,
+            config.data.image_size,
+            mean,
+            std,
+            sigmoid=config.loss.kind == "sigmoid",
+            pretrained=pretrained,
+        )
+    if config.data.max_tokens > model.text.max_tokens:
+        raise ValueError(
+            f"--data.max_tokens {config.data.max_tokens} is more than the {model.text.max_tokens} positions of "
+            f"{config.model.text.name}; set it to at most that"
+        )
+    return model
