@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def shard_statistics(
     """What the samples of one local tar are like; JSON, for merge_statistics.
 
     Pixels are counted as decoded to RGB over `background`, images reduced to a shorter side of 256 pixels at most.
-    Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, and not counted.
+    Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, not counted.
     """
     moments, reader = Moments(), ShardReader(path)
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
@@ -93,7 +94,7 @@ def shard_statistics(
                 width, height = oriented_size(image)
                 moments.update(measured(image, background))
             except BadSample as error:
-                bad.append({"shard": os.path.basename(path), "key": raw["__key__"], "cause": error.cause})
+                bad.append({"shard": Path(path).name, "key": raw["__key__"], "cause": error.cause})
                 continue
             histograms["width"][width] += 1
             histograms["height"][height] += 1
@@ -165,7 +166,7 @@ _HISTOGRAMS = ("width", "height", "image_bytes", "captions_per_image", "caption_
 
 
 def _digest(data: bytes) -> str:
-    """64 bits of a hash, hexadecimal: among 10 million different images, two are equal with a chance of 3 in a million."""
+    """64 bits of a hash, hexadecimal; 10 million different images collide with a chance of 3 in a million."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 

@@ -24,12 +24,7 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, max_tokens: int):
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
-        except Exception as error:  # the hub, damaged files and unknown kinds each have exceptions of their own
-            raise ValueError(_remedy(name, error)) from error
+        self._tokenizer = _load(name)
         special = set(self._tokenizer.all_special_ids)
         if len(self._tokenizer) <= len(special):
             raise ValueError(
@@ -54,9 +49,11 @@ class Tokenizer:
 
         L is the longest caption in tokens rounded up to 8, and at most max_tokens: a function of these captions alone.
         """
-        rows = self._tokenizer(
-            list(captions), truncation=True, max_length=self.max_tokens, padding=False, return_attention_mask=False
-        )["input_ids"]
+        rows = (
+            self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+            if captions
+            else []
+        )
         longest = max(map(len, rows), default=1)
         length = min(-(-longest // ROUND_TO) * ROUND_TO, self.max_tokens)
         ids_BL = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
@@ -66,13 +63,25 @@ class Tokenizer:
             mask_BL[row, : len(ids)] = 1
         return ids_BL, mask_BL
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+def _load(name: str):
+    from transformers import AutoTokenizer
+
+    local = Path(name).is_dir()
+    try:
+        try:
+            # What the hub's cache holds is used without asking the hub, which offline would retry for most of a minute.
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except Exception:
+            if local:
+                raise
+            return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub, damaged files and unknown kinds each have exceptions of their own
+        raise ValueError(_remedy(name, error)) from error
 
 
 def _remedy(name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
     if Path(name).is_dir():
         return (
             f"--model.text.tokenizer {name}: no tokenizer could be loaded from this directory ({reason}); "

@@ -1,0 +1,77 @@
+"""Loader processes around a webdataset pipeline: order kept, errors passed on as they are, nothing left behind."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+
+@dataclass
+class _Failure:
+    """An exception on its way from a loader process."""
+
+    error: Exception
+    trace: str
+
+
+class _Guarded(IterableDataset):
+    """Yields what the pipeline yields; an exception becomes the last item, since torch would rewrite its message."""
+
+    def __init__(self, pipeline: Iterable):
+        self.pipeline = pipeline
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self.pipeline
+        except Exception as error:
+            yield _Failure(_portable(error), traceback.format_exc())
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception, if it survives pickling; else a RuntimeError that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _start(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides what happens, and stops its loaders itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class Loaded:
+    """Iterates over a pipeline in `workers` processes, or in this one where that is 0.
+
+    The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here
+    as it was there. When the iterator ends, is closed or is forgotten, its processes end.
+    """
+
+    def __init__(self, pipeline: Iterable, *, workers: int, prefetch: int):
+        if workers < 0:
+            raise ValueError(f"--data.workers is {workers}: 0 (load in the training process) or more")
+        if prefetch < 1:
+            raise ValueError(f"--data.prefetch is {prefetch}: at least 1 micro-batch")
+        self._loader: DataLoader[Any] = DataLoader(
+            _Guarded(pipeline),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator:
+        for item in self._loader:
+            if isinstance(item, _Failure):
+                raise item.error from RuntimeError(f"in the data loader:\n{item.trace}")
+            yield item
