@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from data_pipeline.manifest import Shard, write_manifest
 from data_pipeline.shards import ShardWriter, read_index
+
+# No time limit per example: the machine may be busy.
+settings.register_profile("duet", deadline=None)
+settings.load_profile("duet")
 
 
 def describe(path: str | Path) -> Shard:
