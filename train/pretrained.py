@@ -1,4 +1,4 @@
-"""Pretrained weights: local files, torchvision's, the Hugging Face hub's; each failure within seconds and with a remedy."""
+"""Pretrained weights: local files, torchvision's, the Hugging Face hub's; each failure in seconds and with a remedy."""
 
 from __future__ import annotations
 

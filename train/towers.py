@@ -248,7 +248,7 @@ def _blocks(module: nn.Module, prefix: str = "") -> list[str]:
     """Names of the repeated blocks, bottom to top: what a container holds that itself is made of several modules."""
     names = []
     for name, child in module.named_children():
-        if isinstance(child, Encoder) or type(child) in CONTAINERS:
+        if type(child) in CONTAINERS:
             names += _blocks(child, f"{prefix}{name}.")
         elif any(True for _ in child.children()):
             names.append(f"{prefix}{name}")
