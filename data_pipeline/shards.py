@@ -14,11 +14,11 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.manifest import Shard, write_atomically
+from data_pipeline.manifest import Shard
 
 BLOCK = 512
 """Bytes of a tar block: headers, and the unit that members are padded to."""
@@ -69,8 +69,8 @@ def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> list[Ent
         entries = _scan(path, stat.st_size)
         lines = json.dumps(entries, separators=(",", ":"))
         header = json.dumps([*stamp, zlib.crc32(lines.encode())])
-        with contextlib.suppress(OSError):
-            write_atomically(index_path, f"{header}\n{lines}\n".encode())
+        with contextlib.suppress(OSError):  # Its checksum tells readers of a half-written one.
+            index_path.write_text(f"{header}\n{lines}\n", encoding="utf-8")
     return entries
 
 
@@ -93,32 +93,37 @@ def _scan(path: Path, filesize: int) -> list[Entry]:
     entries: list[Entry] = []
     keys: set[str] = set()
     end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK if member.isreg() else member.offset_data
-                if not (member.isreg() or member.isdir()) or member.issparse():
-                    raise ValueError(f"{path}: member {member.name} is no plain file (a link, a device, a sparse file)")
-                if end > filesize:
-                    raise ValueError(f"{path}: member {member.name} reaches past the end of the tar: it was cut short")
-                named = split_name(member.name) if member.isreg() else None
-                if named is None:
-                    continue
-                key, extension = named
-                if not entries or entries[-1].key != key:
-                    if key in keys:
-                        raise ValueError(f"{path}: key {key} stands in it twice; keys must be unique within a shard")
-                    keys.add(key)
-                    entries.append(Entry(key, {}))
-                if extension in entries[-1].members:
-                    raise ValueError(f"{path}: key {key} has two members .{extension}; keys must be unique in a shard")
-                entries[-1].members[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is no whole tar: {error}") from error
+    for member in _members(path):
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise ValueError(f"{path}: member {member.name} is no plain file (a link, a device, a sparse file)")
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        if end > filesize or member.size < 0:
+            raise ValueError(f"{path}: member {member.name} reaches past the end of the tar: it was cut short")
+        named = split_name(member.name) if member.isreg() else None
+        if named is None:
+            continue
+        key, extension = named
+        if not entries or entries[-1].key != key:
+            if key in keys:
+                raise ValueError(f"{path}: key {key} stands in it twice; the members of a sample must be neighbours")
+            keys.add(key)
+            entries.append(Entry(key, {}))
+        if extension in entries[-1].members:
+            raise ValueError(f"{path}: key {key} has two members .{extension}; keys must be unique within a shard")
+        entries[-1].members[extension] = (member.offset_data, member.size)
     _check_end(path, end, filesize)
     if not entries:
         raise ValueError(f"{path} holds no samples (files named key.extension)")
     return entries
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members that tarfile sees; it stops without a word at a damaged header, so check where it stopped."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from tar
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is no whole tar: {error}") from error
 
 
 def _check_end(path: Path, end: int, filesize: int) -> None:
@@ -158,9 +163,7 @@ class ShardReader:
             # pread leaves no file position behind, so forked processes may share the reader.
             data = os.pread(self._file.fileno(), size, offset)
             if len(data) != size:
-                raise ValueError(
-                    f"shard {self.url}: {key}.{extension} ends {size - len(data)} bytes early: it was changed"
-                )
+                raise ValueError(f"shard {self.url}: {key}.{extension} ends early: the tar was changed while in use")
             sample[extension] = data
         return sample
 
@@ -237,11 +240,15 @@ class ShardWriter:
         """Complete the shard begun, if there is one: all of it on the disk, then under its name."""
         if self._tar is None:
             return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.replace(self._path)
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._part.replace(self._path)
+        except BaseException:
+            self.discard()
+            raise
         self.paths.append(str(self._path))
         self._number += 1
         self._reset()
@@ -249,7 +256,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Drop the shard begun, if there is one."""
         if self._tar is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # A full disk fails again here, writing what was buffered.
+                self._file.close()
             self._part.unlink(missing_ok=True)
             self._reset()
 

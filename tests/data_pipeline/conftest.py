@@ -1,6 +1,5 @@
 """Small real data sets for the tests of the data pipeline."""
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,18 +8,13 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from data_pipeline.manifest import Shard, write_manifest
-from data_pipeline.shards import ShardWriter, read_index
+from data_pipeline.manifest import write_manifest
+from data_pipeline.shards import ShardWriter
+from tests.data_pipeline.tars import describe
 
 # No time limit per example: the machine may be busy.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
-
-
-def describe(path: str | Path) -> Shard:
-    """The manifest's entry for a tar that is whole."""
-    data = Path(path).read_bytes()
-    return Shard(str(path), len(read_index(path)), len(data), hashlib.sha256(data).hexdigest())
 
 
 def tiny_image(number: int, *, size: tuple[int, int] = (24, 20), kind: str = "png") -> bytes:

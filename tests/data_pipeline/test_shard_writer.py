@@ -1,0 +1,138 @@
+"""What is written is read back, by webdataset too; what is interrupted leaves whole shards."""
+
+import hashlib
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.shards import ShardWriter, read_index
+from tests.data_pipeline.tars import (
+    LONG,
+    SAMPLES,
+    contents,
+)
+
+
+def test_webdataset_reads_what_duet_writes(tmp_path):
+    samples = [*SAMPLES, (LONG, {"png": b"p", "txt": "名".encode()}), ("ключ", {"seg.png": b""})]
+    with ShardWriter(tmp_path, "train") as writer:
+        for key, members in samples:
+            writer.write(key, members)
+    (path,) = writer.paths
+    assert contents(path) == samples
+    streamed = list(webdataset.WebDataset(path, shardshuffle=False))
+    assert [sample["__key__"] for sample in streamed] == [key for key, _ in samples]
+    for sample, (_, members) in zip(streamed, samples, strict=True):
+        assert {extension: sample[extension] for extension in members} == members
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path):
+    written = []
+    for name, flip in (("a", False), ("b", True)):
+        with ShardWriter(tmp_path / name, "s") as writer:
+            for key, members in [*SAMPLES, (LONG, {"txt": b"t"})]:
+                writer.write(key, dict(reversed(members.items())) if flip else members)
+        written.append(Path(writer.paths[0]).read_bytes())
+    assert written[0] == written[1]
+    assert hashlib.sha256(written[0]).hexdigest() == "a4006c4f0a80f62025f23fc222abff5af9e1de11677b6196ff49a768c334604c"
+
+
+def test_shards_begin_before_a_limit_is_passed(tmp_path):
+    with ShardWriter(tmp_path / "n", "s", max_samples=3, first=7) as writer:
+        for number in range(7):
+            writer.write(str(number), {"txt": b"c"})
+    assert [Path(path).name for path in writer.paths] == ["s-000007.tar", "s-000008.tar", "s-000009.tar"]
+    assert [len(read_index(path)) for path in writer.paths] == [3, 3, 1]
+    with ShardWriter(tmp_path / "b", "s", max_bytes=1000) as writer:
+        for number, size in enumerate([400, 600, 1, 5000, 1]):
+            writer.write(str(number), {"jpg": bytes(size)})
+    assert [[entry.key for entry in read_index(path)] for path in writer.paths] == [["0", "1"], ["2"], ["3"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "members"),
+    [
+        ("a.b", {"txt": b""}),
+        ("", {"txt": b""}),
+        ("dir/", {"txt": b""}),
+        ("/a", {"txt": b""}),
+        ("a", {"TXT": b""}),
+        ("a", {"": b""}),
+        ("a", {"x/y": b""}),
+        ("a\0", {"txt": b""}),
+        ("__a", {"x__": b""}),
+        ("a", {}),
+    ],
+)
+def test_samples_that_would_not_be_read_back_are_refused(key, members, tmp_path):
+    with ShardWriter(tmp_path, "s") as writer:
+        writer.write("good", {"txt": b"c"})
+        with pytest.raises(ValueError, match="sample"):
+            writer.write(key, members)
+        with pytest.raises(ValueError, match="twice in shard s-000000"):
+            writer.write("good", {"jpg": b"c"})
+    assert contents(writer.paths[0]) == [("good", {"txt": b"c"})]
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text(max_size=6), st.binary(max_size=40), min_size=1, max_size=6))
+def test_what_is_written_is_read_back_or_refused(tmp_path_factory, texts):
+    directory = tmp_path_factory.mktemp("written")
+    accepted = []
+    with ShardWriter(directory, "s") as writer:
+        for key, data in texts.items():
+            try:
+                writer.write(key, {"txt": data})
+                accepted.append((key, {"txt": data}))
+            except ValueError:
+                pass
+    assert [sample for path in writer.paths for sample in contents(path)] == accepted
+    shutil.rmtree(directory)
+
+
+def test_an_exception_discards_the_shard_begun(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "s", max_samples=2) as writer:
+        for number in range(3):
+            writer.write(str(number), {"txt": b"c"})
+        raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["s-000000.tar"]
+
+
+CHILD = """
+import resource, signal, sys
+from data_pipeline.shards import ShardWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+with ShardWriter(sys.argv[1], "s", max_samples=int(sys.argv[3])) as writer:
+    for number in range(10**9):
+        writer.write(str(number), {"jpg": bytes(3000)})
+        if number == 40:
+            print("begun", flush=True)
+"""
+
+
+@pytest.mark.parametrize("samples", [100, 16])
+def test_a_full_disk_leaves_whole_shards_only(samples, tmp_path):
+    """The limit on the size of a file stands in for the disk's end: in the middle of a shard, and when it is closed."""
+    child = [sys.executable, "-c", CHILD, str(tmp_path), "full", str(samples)]
+    result = subprocess.run(child, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert result.returncode == 1 and "File too large" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_whole_shards_and_a_part(tmp_path):
+    child = [sys.executable, "-c", CHILD, str(tmp_path), "", "15"]
+    with subprocess.Popen(child, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    shards = sorted(tmp_path.glob("*.tar"))
+    assert len(shards) >= 2
+    assert all(len(read_index(path)) == 15 for path in shards)
