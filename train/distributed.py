@@ -128,7 +128,7 @@ def check_world_size(launcher: Launcher | None = None) -> None:
         _require(world % tasks == 0, world, f"{name}={tasks}")
 
 
-def find_launcher(pid: int | None = None, ancestors: int = 6) -> Launcher | None:
+def find_launcher(pid: int | None = None, ancestors: int = 4) -> Launcher | None:
     """The nearest `accelerate launch` among the ancestors of a process (this one: None), or None."""
     pid = os.getpid() if pid is None else pid
     for _ in range(ancestors):

@@ -1,0 +1,125 @@
+"""Runs a function in several real processes that form one gloo process group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+class RankError(Exception):
+    """Carries the traceback of a rank's exception, as its cause."""
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """fn(*args) in `world_size` spawned processes; returns each rank's result, in rank order.
+
+    fn and args are pickled: fn is a function of a module. Results are pickled, too. Every process has the variables
+    that torchrun would set, those of `environment`, one thread, and a gloo group that is initialized already.
+    Raises the exception of the rank that failed first (its traceback is the cause), or TimeoutError after `timeout`
+    seconds; no process outlives the call.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            variables = _variables(rank, world_size) | dict(environment or {})
+            process = context.Process(
+                target=_run_rank, args=(sender, variables, str(Path(directory) / "rendezvous"), timeout, fn, args)
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            results = _collect(pipes, time.monotonic() + timeout)
+            for process in processes:
+                process.join(timeout=10)
+            return results
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _variables(rank: int, world_size: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # DeepSpeed wants it set; the group meets in a file
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: list[Any] = [None] * len(pipes)
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} have not finished in time")
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                failed, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without an exception") from None
+            if failed:
+                error, text = value
+                raise error from RankError(f"in rank {rank}:\n{text}")
+            results[rank] = value
+    return results
+
+
+def _run_rank(
+    sender: Connection, variables: dict[str, str], rendezvous: str, timeout: float, fn: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(variables)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=int(variables["RANK"]),
+            world_size=int(variables["WORLD_SIZE"]),
+            timeout=timedelta(seconds=timeout),
+        )
+        message = _pickle(False, fn(*args))
+    except BaseException as error:  # the caller gets it, whatever it is
+        text = traceback.format_exc()
+        try:
+            message = _pickle(True, (error, text))
+            pickle.loads(message)
+        except Exception:
+            message = _pickle(True, (RuntimeError(f"{type(error).__name__}: {error}"), text))
+    sender.send_bytes(message)
+    sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # leaves a group in which peers may be stuck, without waiting for them
+
+
+def _pickle(failed: bool, value: Any) -> bytes:
+    return pickle.dumps((failed, value))
