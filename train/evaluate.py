@@ -1,0 +1,142 @@
+"""Evaluation of held-out data: retrieval, zero-shot classification, linear probe; in training and by hand.
+
+python -m train.evaluate --run runs/quickstart --task retrieval --data data/val --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import compress
+
+import torch
+from torch import nn
+
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.tokenizer import Tokenizer
+from train.checkpoint import load_model
+from train.config import RunConfig
+from train.distributed import is_main, start
+from train.features import Autocast, Evaluation, encode
+from train.probe import probe_metrics, split_by_key
+from train.retrieval import RECALL_AT, retrieval_metrics
+from train.zeroshot import TEMPLATES, class_features, class_indices, classes_of, read_lines, zeroshot_metrics
+
+
+def evaluate(
+    model: nn.Module,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    *,
+    autocast: Autocast = nullcontext,
+) -> Evaluation:
+    """Retrieval on held-out data: the metrics of `train.retrieval.retrieval_metrics`, and `n_bad`.
+
+    All processes call it together, on a module that can be called directly (not the engine's wrapper). Each encodes
+    its share of the data; all get the same result, whatever the number of processes.
+
+    Args:
+        autocast: makes the context of every forward pass, such as `accelerator.autocast`.
+
+    Raises:
+        ValueError: not one sample could be read, or features that are not finite.
+    """
+    features = encode(model, config, tokenizer, manifest, autocast=autocast)
+    metrics = retrieval_metrics(features.image_ND, features.text_MD, features.image_of_text_M, config.eval.chunk)
+    return Evaluation({**metrics, "n_bad": float(len(features.bad))}, features)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """Retrieval metrics as a table for the terminal, beside chance."""
+    lines = [f"{'held-out retrieval':20}{'text -> image':>15}{'chance':>9}{'image -> text':>17}{'chance':>9}"]
+    rows = [(f"R@{k}", f"R@{k}", "%") for k in RECALL_AT] + [
+        ("median rank", "median_rank", ""),
+        ("mean rank", "mean_rank", ""),
+    ]
+    for label, name, unit in rows:
+        cells = [metrics[f"{side}_{kind}{name}"] for side in ("t2i", "i2t") for kind in ("", "chance_")]
+        texts = [f"{cell:.1f}{unit}" for cell in cells]
+        lines.append(f"  {label:18}{texts[0]:>15}{texts[1]:>9}{texts[2]:>17}{texts[3]:>9}")
+    lines.append(f"  {metrics['n_images']:.0f} images, {metrics['n_texts']:.0f} texts")
+    return "\n".join(lines)
+
+
+def run_task(options: argparse.Namespace) -> dict[str, float]:
+    """The metrics of a task on the newest model of a run; the same on every process.
+
+    Raises:
+        ValueError: naming the option that is missing or wrong, or what the data lacks.
+    """
+    if options.task == "zeroshot" and not options.classnames:
+        raise ValueError(
+            "--task zeroshot needs --classnames FILE: one class name per line, in the order of their numbers"
+        )
+    accelerator = start()
+    model, config = load_model(options.run)
+    if options.workers is not None:
+        config.data.workers = options.workers
+    if not (options.data or config.data.val):
+        raise ValueError(f"--data is missing, and the run {options.run} has no --data.val")
+    manifest = load_manifest(options.data or config.data.val)
+    tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
+    model.to(accelerator.device)
+    if options.task == "retrieval":
+        return evaluate(model, config, tokenizer, manifest, autocast=accelerator.autocast).metrics
+
+    features = encode(model, config, tokenizer, manifest, autocast=accelerator.autocast)
+    if options.task == "zeroshot":
+        names = read_lines("--classnames", options.classnames)
+        templates = read_lines("--templates", options.templates) if options.templates else TEMPLATES
+        rows_N = class_indices(features, names)
+        class_CD = class_features(
+            model, tokenizer, names, templates, size=config.eval.batch, autocast=accelerator.autocast
+        )
+        return zeroshot_metrics(features.image_ND, class_CD, rows_N)
+
+    test_ND, test_classes = features.image_ND, classes_of(features)
+    if options.fit:
+        fitting = encode(model, config, tokenizer, load_manifest(options.fit), autocast=accelerator.autocast)
+        return probe_metrics(fitting.image_ND, classes_of(fitting), test_ND, test_classes)
+    tested_N = split_by_key(features.keys)
+    rows = torch.as_tensor(tested_N, device=test_ND.device)
+    fit_classes, test_classes = (list(compress(test_classes, chosen)) for chosen in (~tested_N, tested_N))
+    return probe_metrics(test_ND[~rows], fit_classes, test_ND[rows], test_classes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--run", required=True, help="run directory, or one checkpoint of it")
+    parser.add_argument("--task", choices=("retrieval", "zeroshot", "probe"), default="retrieval")
+    parser.add_argument("--data", help="manifest of the data, or its directory; default: the run's data.val")
+    parser.add_argument(
+        "--classnames", help="zeroshot: a file with one class name per line, in the order of their numbers"
+    )
+    parser.add_argument("--templates", help="zeroshot: a file with one sentence per line, {} is the class name")
+    parser.add_argument("--fit", help="probe: manifest of the data to fit to; default: four fifths of --data")
+    parser.add_argument("--workers", type=int, help="loader processes; default: as in the run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(argv)
+    try:
+        metrics = run_task(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if is_main():
+        if options.json:
+            print(json.dumps({"task": options.task, "run": options.run, **metrics}))
+        elif options.task == "retrieval":
+            print(table(metrics))
+        else:
+            print("\n".join(f"{name:16}{value:10.4g}" for name, value in metrics.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Zero-shot classification: an image belongs to the class whose name, put into sentences, lies nearest.
+
+Source: CLIP, arXiv 2103.00020, section 3.1. Shape suffixes: N images, C classes, P templates, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.tokenizer import Tokenizer
+from train.features import Autocast, Features, encode_texts, evaluating
+from train.retrieval import TIE, check_finite
+
+TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "a drawing of a {}")
+
+
+def class_features(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    size: int = 256,
+    autocast: Autocast = nullcontext,
+) -> Tensor:
+    """[C, D] float32: for each class the direction of the mean feature of its name in all templates.
+
+    Raises:
+        ValueError: a template without exactly one {}.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"--templates: {template!r} must hold exactly one {{}}, the place of the class name")
+    device = next(model.parameters()).device
+    ids_ML, mask_ML = tokenizer([template.replace("{}", name) for name in names for template in templates])
+    with evaluating(model):
+        text_MD = encode_texts(model, ids_ML.to(device), mask_ML.to(device), size, autocast)
+    return F.normalize(text_MD.view(len(names), len(templates), -1).mean(1), dim=-1)
+
+
+def classes_of(features: Features) -> list[str]:
+    """The class of every image. Raises ValueError where a sample has none."""
+    for key, content in zip(features.keys, features.classes, strict=True):
+        if content is None:
+            raise ValueError(f"sample {key} has no class: each sample needs a `cls` member (a number or a name)")
+    return features.classes
+
+
+def class_indices(features: Features, names: Sequence[str]) -> np.ndarray:
+    """For each image the row of its class in `names`: its class is that row, counted from 0, or the name itself.
+
+    Raises:
+        ValueError: a sample without a class, or of a class that is not in the list.
+    """
+    row_of = {str(row): row for row in range(len(names))} | {name: row for row, name in enumerate(names)}
+    classes = classes_of(features)
+    for key, content in zip(features.keys, classes, strict=True):
+        if content not in row_of:
+            raise ValueError(f"--classnames: sample {key} has class {content!r}, not one of the {len(names)} listed")
+    return np.array([row_of[content] for content in classes])
+
+
+def zeroshot_metrics(image_ND: Tensor, class_CD: Tensor, right_N: np.ndarray) -> dict[str, float]:
+    """`accuracy` of the nearest classes. Raises ValueError on features that are not finite."""
+    check_finite("image", image_ND)
+    check_finite("class", class_CD)
+    return accuracy(image_ND.double() @ class_CD.double().T, right_N)
+
+
+def accuracy(scores_NC: Tensor, right_N: np.ndarray) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` (top-1 averaged over the classes that occur) in percent; chance; counts.
+
+    Ties count against the model.
+    """
+    n_images, n_classes = scores_NC.shape
+    own_N1 = scores_NC.gather(1, torch.as_tensor(right_N, device=scores_NC.device)[:, None])
+    ranks_N = (scores_NC >= own_N1 - TIE).sum(-1).cpu().numpy()
+    per_class = [float(np.mean(ranks_N[right_N == row] == 1)) for row in np.unique(right_N)]
+    return {
+        "top1": 100.0 * float(np.mean(ranks_N == 1)),
+        "top5": 100.0 * float(np.mean(ranks_N <= 5)),
+        "mean_per_class": 100.0 * float(np.mean(per_class)),
+        "chance_top1": 100.0 / n_classes,
+        "chance_top5": 100.0 * min(5, n_classes) / n_classes,
+        "n_images": float(n_images),
+        "n_classes": float(n_classes),
+    }
+
+
+def read_lines(flag: str, path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ValueError: naming `flag`, where the file is missing or empty.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag}: cannot read {path}: {error}") from None
+    if not any(lines):
+        raise ValueError(f"{flag}: {path} is empty; it needs one entry per line")
+    return [line for line in lines if line]
