@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Trains on every GPU of this host: ./launch/local.sh --config train/configs/seed.yaml [fields of the run]
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+usage() {
+    cat <<TEXT
+Train on this host: ./launch/local.sh [options] --config RUN.yaml [--field value ...]
+
+  --engine NAME      a file of launch/accelerate/ without .yaml ($(list_engines)),
+                     or the path of an accelerate config; default: accelerate_config.yaml (bf16, ZeRO-2)
+  --processes N      processes; default: one per GPU of this host
+  --precision P      bf16 or fp32; default: what the engine's file says
+  --port N           port of the rendezvous; default: a free one
+  everything else    goes to \`python -m train\`, which lists its fields with --help
+TEXT
+}
+
+engine='' processes='' port=0 precision=() train=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --engine | --processes | --precision | --port)
+        [ $# -ge 2 ] || die "$1 needs a value"
+        case $1 in
+        --engine) engine=$2 ;;
+        --processes) processes=$2 ;;
+        --precision) precision=(--mixed_precision "$(accelerate_precision "$2")") || exit 2 ;;
+        --port) port=$2 ;;
+        esac
+        shift 2
+        ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    *)
+        train+=("$1")
+        shift
+        ;;
+    esac
+done
+config=$(engine_file "$engine") || exit 2
+find_python
+if [ -z "$processes" ]; then
+    processes=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    [ "$processes" != 0 ] || die "this host has no GPU that torch can use: give --engine cpu --processes N to train on" \
+        "its cores, or run \`python -m launch.doctor\` to see why"
+fi
+is_count "$processes" || die "--processes $processes: expected a whole number of at least 1"
+share_cores "$processes"
+export PYTHONPATH=$duet_root${PYTHONPATH:+:$PYTHONPATH}
+exec "$PYTHON" -m launch.start --config_file "$config" --num_processes "$processes" --main_process_port "$port" \
+    ${precision[@]+"${precision[@]}"} -m train ${train[@]+"${train[@]}"}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model and a page of pictures, on CPU cores: ./launch/quickstart.sh
+# Whatever is there already is kept: run it again after an interruption and it goes on.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+
+usage() {
+    cat <<TEXT
+Install, fetch the demo data, train and evaluate: ./launch/quickstart.sh [options] [--field value ...]
+
+  --processes N      training processes, which share the cores; default 1
+  --precision P      bf16 or fp32; default: bf16 where this CPU computes in it, else fp32
+  --gpu              train on the GPUs of this host instead of its CPU cores; --processes is then one per GPU
+  everything else    goes to \`python -m train\`, which lists its fields with --help
+TEXT
+}
+
+processes='' precision='' engine=cpu train=() runs=runs name=quickstart
+while [ $# -gt 0 ]; do
+    case $1 in
+    --processes | --precision | --name | --runs_dir)
+        [ $# -ge 2 ] || die "$1 needs a value"
+        case $1 in
+        --processes) processes=$2 ;;
+        --precision) precision=$2 ;;
+        --name) name=$2 ;;
+        --runs_dir) runs=$2 ;;
+        esac
+        shift 2
+        ;;
+    --gpu)
+        engine=ddp
+        shift
+        ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    *)
+        train+=("$1")
+        shift
+        ;;
+    esac
+done
+if [ "$engine" = cpu ]; then processes=${processes:-1}; fi
+if [ -n "$processes" ] && ! is_count "$processes"; then
+    die "--processes $processes: expected a whole number of at least 1"
+fi
+if [ -z "$precision" ]; then
+    if [ "$engine" = ddp ] || grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; else precision=fp32; fi
+fi
+accelerate_precision "$precision" >/dev/null || exit 2
+
+there() { if [ -e "$1" ]; then echo " (there already)"; fi; }
+
+echo "[1/3] Python environment in .venv$(there .venv/.installed/requirements.txt)"
+ensure_venv requirements.txt
+
+echo "[2/3] Demo data in data/demo$(there data/demo/train/manifest.json)"
+"$PYTHON" -m data_pipeline demo data/demo
+
+run=$runs/$name
+echo "[3/3] Train in $run, ${processes:-one per GPU} process(es), $precision$(there "$run/config.yaml")"
+DUET_PYTHON=$PYTHON ./launch/local.sh --engine "$engine" --precision "$precision" ${processes:+--processes "$processes"} \
+    --config train/configs/quickstart.yaml --name "$name" --runs_dir "$runs" ${train[@]+"${train[@]}"}
+
+report=$run/report/index.html
+[ -f "$report" ] || die "the run in $run ended without $report"
+echo "Done. Pictures, curves and results: $PWD/$report"

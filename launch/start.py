@@ -1,0 +1,112 @@
+"""`accelerate launch` that can be interrupted: python -m launch.start [arguments of accelerate launch] -m train ...
+
+Plain `accelerate launch` kills its workers 30 s after a TERM, dies of a USR1 or USR2 and leaves them behind, and ends
+with code 1 whatever its workers ended with. Here TERM, INT, USR1 and USR2 go to the workers alone, which save at a step
+boundary, and the exit code is the first worker's: 0 done, 2 wrong input, 85 preempted (checkpoint saved, start me
+again). A second Ctrl-C kills at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from train.preemption import EXIT_PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Start the launcher, pass signals on to its workers, and return the exit code."""
+    received: list[tuple[int, float]] = []
+    told: set[int] = set()
+    launcher: subprocess.Popen | None = None
+
+    def pass_on(number: int, _frame: object) -> None:
+        interrupts = [moment for kind, moment in received if kind == signal.SIGINT]
+        received.append((number, time.monotonic()))
+        if launcher is None:
+            return
+        if number == signal.SIGINT and interrupts and time.monotonic() - interrupts[-1] > 1:
+            print("second Ctrl-C: killing the run; the newest complete checkpoint stays", file=sys.stderr)
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    launcher = subprocess.Popen(
+        # The name after the code is how train.distributed finds what was asked for on the command line above its own.
+        [sys.executable, "-c", "from launch.start import launch; launch()", "accelerate.commands.launch", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # a Ctrl-C of the terminal reaches this process alone
+        preexec_fn=_ignore_signals,
+    )
+    while True:
+        try:
+            code = launcher.wait(POLL_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if received:
+                _tell_workers(launcher.pid, received[0][0], told)
+    return 128 - code if code < 0 else code
+
+
+def _ignore_signals() -> None:
+    """Ignored signals stay ignored in the launcher and in workers that have no handler yet; HUP if we are killed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+
+
+def _tell_workers(launcher: int, number: int, told: set[int]) -> None:
+    """Send the signal once to each worker that listens: not before it has a handler, nor while it is leaving."""
+    with suppress(psutil.NoSuchProcess, OSError, ValueError):  # it has just ended
+        for worker in psutil.Process(launcher).children():
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            caught = int(status.split("SigCgt:")[1].split()[0], 16)
+            if worker.pid not in told and caught >> (number - 1) & 1:
+                worker.send_signal(number)
+                told.add(worker.pid)
+
+
+def launch() -> None:
+    """In the launcher's process: `accelerate launch` itself; leaves with the exit code of the first worker to fail."""
+    # Its errors repeat, with a banner, what the workers have said and what is printed below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = launch_command_parser().parse_args(sys.argv[2:])
+    # torchrun must leave these signals to us; it still ends its workers on HUP and QUIT.
+    options.signals_to_handle = "SIGHUP,SIGQUIT"
+    try:
+        launch_command(options)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code not in (2, EXIT_PREEMPTED):
+            print(error, file=sys.stderr)
+    except subprocess.CalledProcessError as error:  # one process without torchrun
+        code = error.returncode
+    except (ValueError, ConnectionError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    else:
+        code = 0
+    sys.exit(128 - code if code < 0 else code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# Sourced by the scripts of launch/, tests/run.sh and .ci/run: the Python that runs Duet, and its share of the cores.
+# DUET_PYTHON names an interpreter that has everything already (a container, a conda environment): nothing is installed.
+
+duet_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# ensure_venv REQUIREMENTS...: make .venv at the root and install the files into it, unless that was done already.
+# Sets PYTHON. A stamp holds the hash of what was installed; concurrent callers wait for each other.
+ensure_venv() {
+    if [ -n "${DUET_PYTHON:-}" ]; then
+        PYTHON=$DUET_PYTHON
+        return
+    fi
+    PYTHON=$duet_root/.venv/bin/python
+    # The lock is on this script itself: .venv may be cleared below, and the root holds no other file of its own.
+    (
+        if command -v flock >/dev/null; then flock 9; fi
+        _install_venv "$@"
+    ) 9<>"${BASH_SOURCE[0]}"
+}
+
+_install_venv() {
+    local base=${DUET_BASE_PYTHON:-python3} file wanted=() stamps=$duet_root/.venv/.installed
+    command -v "$base" >/dev/null || die "$base is not installed; on Debian/Ubuntu: apt-get install python3 python3-venv"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "Duet needs Python 3.10 or newer, $base is $("$base" -V 2>&1); name another one in DUET_BASE_PYTHON"
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        echo "Making $duet_root/.venv"
+        "$base" -m venv --clear "$duet_root/.venv" || die "$base -m venv failed; on Debian/Ubuntu: apt-get install python3-venv"
+    fi
+    mkdir -p "$stamps"
+    for file in "$@"; do
+        [ "$(cat "$stamps/$(_stamp_name "$file")" 2>/dev/null)" = "$(_stamp "$file")" ] || wanted+=("$file")
+    done
+    [ ${#wanted[@]} -gt 0 ] || return 0
+    echo "Installing ${wanted[*]} into .venv (5.8 GB at first, a minute or more)"
+    (cd "$duet_root" && "$PYTHON" -m pip install --quiet --disable-pip-version-check "${wanted[@]/#/--requirement=}") ||
+        die "pip could not install ${wanted[*]}: see its message above, then run the same command again"
+    for file in "${wanted[@]}"; do
+        _stamp "$file" >"$stamps/$(_stamp_name "$file")"
+    done
+}
+
+_stamp_name() { tr / - <<<"$1"; }
+
+_stamp() { sha256sum <"$duet_root/$1"; }
+
+# find_python: sets PYTHON to DUET_PYTHON, else the .venv of this checkout, else python3; never installs.
+find_python() {
+    PYTHON=${DUET_PYTHON:-$duet_root/.venv/bin/python}
+    if [ ! -x "$PYTHON" ]; then PYTHON=$(command -v "$PYTHON" || command -v python3) || die "no python3 found"; fi
+}
+
+# cores: CPU cores that this process may use, by affinity and by the container's CPU quota.
+cores() {
+    local count quota period
+    count=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
+        quota=$(((quota + period - 1) / period))
+        if [ "$quota" -lt "$count" ]; then count=$quota; fi
+    fi
+    echo "$count"
+}
+
+# share_cores PROCESSES: OMP_NUM_THREADS = cores / processes, unless it is set already.
+share_cores() {
+    local threads=$(($(cores) / $1))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+}
+
+# is_count VALUE: true for a whole number of at least 1.
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+
+# list_engines: names of the accelerate configs in launch/accelerate.
+list_engines() {
+    local file names=()
+    for file in "$duet_root"/launch/accelerate/*.yaml; do names+=("$(basename "$file" .yaml)"); done
+    echo "${names[*]}"
+}
+
+# engine_file NAME: the accelerate config that a --engine names.
+engine_file() {
+    if [ -z "$1" ]; then
+        echo "$duet_root/accelerate_config.yaml"
+    elif [ -f "$duet_root/launch/accelerate/$1.yaml" ]; then
+        echo "$duet_root/launch/accelerate/$1.yaml"
+    elif [ -f "$1" ]; then
+        echo "$1"
+    else
+        die "--engine $1: there is no such file, and launch/accelerate has: $(list_engines)"
+    fi
+}
+
+# accelerate_precision NAME: accelerate's word for a --precision.
+accelerate_precision() {
+    case $1 in
+    bf16) echo bf16 ;;
+    fp32) echo no ;;
+    *) die "--precision $1: expected bf16 or fp32" ;;
+    esac
+}
