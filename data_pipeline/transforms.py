@@ -114,7 +114,7 @@ def load_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> T
         return region_HWC
     # Twice as fast as Pillow's resize on x86, and equal to it but for single steps of 1 in 255.
     resized_1CHW = functional.interpolate(
-        region_HWC.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True, align_corners=False
+        region_HWC[None].permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True, align_corners=False
     )
     return resized_1CHW[0].permute(1, 2, 0)
 

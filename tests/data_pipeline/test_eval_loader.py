@@ -1,0 +1,64 @@
+"""The evaluation loader: every sample once, in order, whatever reads it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import EvalBatch, eval_loader
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.order import sequential
+from data_pipeline.samples import split
+from data_pipeline.shards import ShardReader
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import eval_transform
+from tests.data_pipeline.loading import SIZES, damaged, settings
+from tests.data_pipeline.vocabulary import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
+
+
+@pytest.fixture
+def manifest(tiny_shards: Callable[..., Path]) -> Manifest:
+    return load_manifest(tiny_shards(SIZES))
+
+
+def evaluated(manifest: Manifest, tokenizer: Tokenizer, config: DataConfig, world: int, batch: int) -> list[EvalBatch]:
+    options = {"batch": batch, "world": world}
+    return [item for rank in range(world) for item in eval_loader(config, manifest, tokenizer, rank=rank, **options)]
+
+
+@pytest.mark.parametrize(("workers", "world", "batch"), [(0, 1, 4), (2, 1, 4), (0, 3, 100), (1, 4, 3), (0, 40, 4)])
+def test_evaluation_has_every_sample_once_in_order(
+    manifest: Manifest, tokenizer: Tokenizer, workers: int, world: int, batch: int
+) -> None:
+    config = settings(workers)
+    seen = evaluated(manifest, tokenizer, config, world, batch)
+    transform, readers = eval_transform(config), [ShardReader(shard.url, shard) for shard in manifest.shards]
+    raws = [readers[place.shard].raw(place.index) for place in sequential(SIZES)]
+    assert [key for item in seen for key in item.keys] == [
+        f"{Path(raw['__shard__']).name}/{raw['__key__']}" for raw in raws
+    ]
+    plain = torch.stack([transform(split(raw)[0]) for raw in raws])
+    assert torch.equal(torch.cat([item.images_BCHW for item in seen]), plain)
+    assert [text for item in seen for text in item.captions] == [text for raw in raws for text in split(raw)[1]]
+    for item in seen:
+        assert len(item.keys) == len(item.classes) == len(item.images_BCHW) <= batch
+        assert item.caption_row == [row for row in range(len(item.keys)) for _ in range(2)]
+        ids_ML, mask_ML = tokenizer(item.captions)
+        assert torch.equal(item.ids_ML, ids_ML) and torch.equal(item.mask_ML, mask_ML)
+
+
+def test_evaluation_leaves_bad_samples_out_and_records_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = damaged(tmp_path, (0, 1, 2, 3, 6), shards=1)
+    seen = evaluated(manifest, tokenizer, settings(), 1, 4)
+    assert [key for item in seen for key in item.keys] == [f"train-000000.tar/0-{index}" for index in (4, 5, 7)]
+    assert [record["key"] for item in seen for record in item.bad] == ["0-0", "0-1", "0-2", "0-3", "0-6"]
+    assert seen[0].images_BCHW.shape == (0, 3, 16, 16) and seen[0].ids_ML.shape[0] == 0
+    with pytest.raises(ValueError, match=r"--eval\.batch is 0"):
+        eval_loader(settings(), manifest, tokenizer, batch=0)
