@@ -30,7 +30,7 @@ NEAREST_IMAGES = 7
 NEAREST_TEXTS = 5
 WIDTH, MARGIN = 1440, 28
 THUMB, GAP = 124, 12
-CAPTION_WIDTH = 300
+CAPTION_WIDTH = 260
 CARD_HEIGHT, CARD_IMAGE = 212, 180
 
 INK, MUTED, LINE, PAPER, PANEL = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff", "#f7f9fb"
@@ -85,10 +85,10 @@ class Pictures:
 
 
 def text_to_image(features: Features, queries: Sequence[int], pictures: Pictures) -> Image.Image:
-    """One row per text: the text, its nearest images, the right one among them framed and again at the end."""
+    """One row per text: the text, its nearest images, the right one among them framed, and the right one."""
     row_height, top = THUMB + 34, 78
     canvas, draw = _page(top + row_height * len(queries) + 10)
-    strip = MARGIN + CAPTION_WIDTH + 24
+    strip = MARGIN + CAPTION_WIDTH + 16
     last = WIDTH - MARGIN - THUMB
     draw.text((MARGIN, 30), "Text", INK, _font(19, bold=True))
     draw.text((strip, 30), "Nearest images, best first", INK, _font(19, bold=True))
@@ -104,7 +104,7 @@ def text_to_image(features: Features, queries: Sequence[int], pictures: Pictures
         draw.multiline_text((MARGIN, y + 38), "\n".join(lines), INK, _font(17), spacing=5)
         for place, found in enumerate(order_N[:NEAREST_IMAGES].tolist()):
             _thumb(canvas, pictures.square(found, THUMB), (strip + place * (THUMB + GAP), y), found == image)
-        _thumb(canvas, pictures.square(image, THUMB), (last, y), rank <= NEAREST_IMAGES)
+        _thumb(canvas, pictures.square(image, THUMB), (last, y), False)
     return canvas
 
 

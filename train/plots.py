@@ -73,7 +73,7 @@ def _recall_curves(axes: Axes, history: History) -> None:
             steps, values = series(history, f"val/{side}_R@{k}")
             axes.plot(steps, values, style, color=color, marker="o", markersize=3, label=f"{name}, R@{k}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _recall_bars(axes: Axes, results: dict[str, float]) -> None:
@@ -83,12 +83,12 @@ def _recall_bars(axes: Axes, results: dict[str, float]) -> None:
         chances = [results[f"{side}_chance_R@{k}"] for k in RECALL_AT]
         bars = axes.bar(places + shift, values, 0.36, color=color, label=name)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=10, color=INK)
-        label = "chance" if side == "i2t" else None
-        axes.hlines(chances, places + shift - 0.18, places + shift + 0.18, INK, linewidth=2, label=label)
+        chance = axes.hlines(chances, places + shift - 0.18, places + shift + 0.18, INK, linewidth=2)
+    chance.set_label("chance")
     axes.set_xticks(places, [f"R@{k}" for k in RECALL_AT])
     axes.tick_params(axis="x", labelsize=11, length=0)
     axes.set_ylim(0, min(109.0, 1.18 * max(results[f"{side}_R@10"] for side, _ in DIRECTIONS) + 3))
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def training_plot(history: History) -> Figure:
@@ -106,8 +106,7 @@ def training_plot(history: History) -> Figure:
     if len(norms):
         norm.plot(steps, norms, color=NORM, alpha=0.3, linewidth=0.8)
         norm.plot(steps, smooth(norms), color=NORM, linewidth=1.8)
-        if min(norms) > 0:
-            norm.set_yscale("log")
+        norm.set_ylim(0, 1.15 * float(np.percentile(norms, 99.5)))
     steps, rate = series(history, "samples_per_second")
     _style(speed, "Samples per second", "step")
     if len(rate):
