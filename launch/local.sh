@@ -42,12 +42,7 @@ while [ $# -gt 0 ]; do
 done
 config=$(engine_file "$engine") || exit 2
 find_python
-if [ -z "$processes" ]; then
-    processes=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-    [ "$processes" != 0 ] || die "this host has no GPU that torch can use: give --engine cpu --processes N to train on" \
-        "its cores, or run \`python -m launch.doctor\` to see why"
-fi
-is_count "$processes" || die "--processes $processes: expected a whole number of at least 1"
+processes=$(processes_here "$processes") || exit 2
 share_cores "$processes"
 export PYTHONPATH=$duet_root${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m launch.start --config_file "$config" --num_processes "$processes" --main_process_port "$port" \

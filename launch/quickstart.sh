@@ -49,7 +49,8 @@ if [ -n "$processes" ] && ! is_count "$processes"; then
     die "--processes $processes: expected a whole number of at least 1"
 fi
 if [ -z "$precision" ]; then
-    if [ "$engine" = ddp ] || grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; else precision=fp32; fi
+    precision=fp32
+    if [ "$engine" = ddp ] || grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
 fi
 accelerate_precision "$precision" >/dev/null || exit 2
 
@@ -63,7 +64,8 @@ echo "[2/3] Demo data in data/demo$(there data/demo/train/manifest.json)"
 
 run=$runs/$name
 echo "[3/3] Train in $run, ${processes:-one per GPU} process(es), $precision$(there "$run/config.yaml")"
-DUET_PYTHON=$PYTHON ./launch/local.sh --engine "$engine" --precision "$precision" ${processes:+--processes "$processes"} \
+export DUET_PYTHON=$PYTHON
+./launch/local.sh --engine "$engine" --precision "$precision" ${processes:+--processes "$processes"} \
     --config train/configs/quickstart.yaml --name "$name" --runs_dir "$runs" ${train[@]+"${train[@]}"}
 
 report=$run/report/index.html

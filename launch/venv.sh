@@ -26,12 +26,13 @@ ensure_venv() {
 
 _install_venv() {
     local base=${DUET_BASE_PYTHON:-python3} file wanted=() stamps=$duet_root/.venv/.installed
-    command -v "$base" >/dev/null || die "$base is not installed; on Debian/Ubuntu: apt-get install python3 python3-venv"
+    command -v "$base" >/dev/null || die "$base is missing; on Debian/Ubuntu: apt-get install python3 python3-venv"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "Duet needs Python 3.10 or newer, $base is $("$base" -V 2>&1); name another one in DUET_BASE_PYTHON"
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         echo "Making $duet_root/.venv"
-        "$base" -m venv --clear "$duet_root/.venv" || die "$base -m venv failed; on Debian/Ubuntu: apt-get install python3-venv"
+        "$base" -m venv --clear "$duet_root/.venv" ||
+            die "$base -m venv failed; on Debian/Ubuntu: apt-get install python3-venv"
     fi
     mkdir -p "$stamps"
     for file in "$@"; do
@@ -103,4 +104,23 @@ accelerate_precision() {
     fp32) echo no ;;
     *) die "--precision $1: expected bf16 or fp32" ;;
     esac
+}
+
+# processes_here COUNT: COUNT if it is one, else the number of GPUs; an error where that is none.
+processes_here() {
+    local count=$1
+    if [ -z "$count" ]; then
+        count=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+        [ "$count" != 0 ] || die "this host has no GPU that torch can use: give --engine cpu --processes N to train" \
+            "on its cores, or run \`python -m launch.doctor\` to see why"
+    fi
+    is_count "$count" || die "--processes $count: expected a whole number of at least 1"
+    echo "$count"
+}
+
+# slurm_address: the address that SLURM itself uses for the first node of the job; node names need not resolve.
+slurm_address() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2
 }
