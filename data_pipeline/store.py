@@ -39,10 +39,10 @@ class Store:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Named by content: another manifest with the same shard finds it, a changed shard cannot be mistaken for it.
         path = self.cache_dir / f"{shard.sha256}.tar"
-        part = path.with_suffix(".part")
+        part = self.cache_dir / f"{shard.sha256}.{shard.filesize}.part"
         while not _touch(path, shard.filesize):
-            with _locked(part) as owner:
-                if owner:
+            with _locked(part) as is_ours:
+                if is_ours:
                     self._fetch(shard, part)
                     part.replace(path)
         return str(path)
@@ -51,21 +51,16 @@ class Store:
         """Fetch into `part`, which this process holds locked, and verify; `part` is gone if that fails."""
         fault = ""
         try:
+            system, remote = filesystem(shard.url)
             for attempt in range(self.attempts):
                 if attempt:
                     time.sleep(self.backoff * 2 ** (attempt - 1))
                 try:
-                    self._reserve(shard, part)
-                    system, remote = filesystem(shard.url)
+                    self._make_room()
                     system.get_file(remote, str(part))
-                except ValueError:
-                    raise
-                except FileNotFoundError as error:
-                    raise ValueError(f"shard {shard.url} does not exist") from error
+                    fault = _fault(part, shard)
                 except Exception as error:  # Each backend has exceptions of its own.
                     fault = f"{type(error).__name__}: {error}"
-                    continue
-                fault = _fault(part, shard)
                 if not fault:
                     return
             raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
@@ -73,26 +68,25 @@ class Store:
             part.unlink(missing_ok=True)
             raise
 
-    def _reserve(self, shard: Shard, part: Path) -> None:
-        """Make room: delete least recently used shards, and what a killed process left, until this one fits."""
+    def _make_room(self) -> None:
+        """Delete what killed processes left, then the least recently used shards until all that is fetched fits."""
         with (self.cache_dir / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # At its full size from now on, so that fetches at the same time count each other.
-            os.truncate(part, shard.filesize)
-            for other in self.cache_dir.glob("*.part"):
-                if other != part:
-                    _delete_stale(other)
-            sizes = {}
-            for kept in [*self.cache_dir.glob("*.tar"), *self.cache_dir.glob("*.part")]:
-                stat = kept.stat()
-                sizes[kept] = (stat.st_mtime_ns, stat.st_size)
-            total = sum(size for _, size in sizes.values())
-            for kept in sorted((path for path in sizes if path.suffix == ".tar"), key=sizes.__getitem__):
-                if total <= self.cache_bytes:
+            # The name of a part states its size to be: fetches at the same time count each other in full.
+            excess = sum(_final_size(part) for part in self.cache_dir.glob("*.part") if not _is_stale(part))
+            kept = sorted((path.stat().st_mtime_ns, path) for path in self.cache_dir.glob("*.tar"))
+            excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
+            for _, path in kept:
+                if excess <= 0:
                     break
-                kept.unlink(missing_ok=True)
-                kept.with_name(f"{kept.name}.idx").unlink(missing_ok=True)
-                total -= sizes[kept][1]
+                excess -= path.stat().st_size
+                path.unlink()
+                path.with_name(f"{path.name}.idx").unlink(missing_ok=True)
+
+
+def _final_size(part: Path) -> int:
+    """Bytes that a part will have, from its name <sha256>.<bytes>.part."""
+    return int(part.suffixes[-2][1:])
 
 
 def _touch(path: Path, filesize: int) -> bool:
@@ -100,7 +94,8 @@ def _touch(path: Path, filesize: int) -> bool:
     try:
         if path.stat().st_size != filesize:
             return False
-        os.utime(path)
+        now = time.time_ns()  # Finer than the clock that the system itself stamps files with.
+        os.utime(path, ns=(now, now))
         return True
     except FileNotFoundError:
         return False
@@ -114,15 +109,18 @@ def _locked(part: Path) -> Iterator[bool]:
         yield _is_at(part, file.fileno())
 
 
-def _delete_stale(part: Path) -> None:
-    """Delete the remains of a fetch whose process is gone: nobody holds the lock on them."""
+def _is_stale(part: Path) -> bool:
+    """Whether `part` is what a killed process left, as nobody holds the lock on it; then it is deleted."""
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(part, file.fileno()):
                 part.unlink()
-    except (FileNotFoundError, BlockingIOError):
-        pass
+            return True
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

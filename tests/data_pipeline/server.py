@@ -1,0 +1,66 @@
+"""An HTTP server on this host that serves a directory, and misbehaves on request."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server(ThreadingHTTPServer):
+    """faults: what happens to the next GETs, one each: cut, short, flip, error. requests: paths of the GETs so far."""
+
+    daemon_threads = True
+
+    def __init__(self, directory: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.directory, self.url = directory, f"http://127.0.0.1:{self.server_port}"
+        self.faults: list[str] = []
+        self.requests: list[str] = []
+        self.delay = 0.0
+        """Seconds between the first half of a body and the second."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        path = self.server.directory / self.path.lstrip("/")
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        if fault == "error" or not path.is_file():
+            self.send_error(500 if fault else 404)
+            return
+        data = bytearray(path.read_bytes())
+        if fault == "flip":
+            data[len(data) // 2] ^= 1
+        if fault == "short":
+            data = data[:-512]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        half = len(data) // 2
+        self.wfile.write(data[:half])
+        self.wfile.flush()
+        if fault == "cut":
+            self.connection.close()
+            return
+        time.sleep(self.server.delay)
+        self.wfile.write(data[half:])
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the screen."""
+
+
+@contextmanager
+def serve(directory: Path) -> Iterator[Server]:
+    server = Server(directory)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
