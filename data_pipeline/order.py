@@ -29,7 +29,7 @@ class Position(NamedTuple):
     """Index within that epoch's order of that source."""
     shard: int
     """Shard of the source, as its manifest counts them."""
-    index: int
+    index: int  # type: ignore[assignment]  # the name of a method of tuples that nobody calls here
     """Sample within the shard."""
 
 
@@ -135,13 +135,14 @@ class Order:
         lane_start, lane_stop = epoch.lane_starts[lane : lane + 2]
         first_shard, shard = np.searchsorted(epoch.starts, [lane_start, lane_start + offset], side="right") - 1
         group = int(shard - first_shard) // self.shuffle_shards
-        key, begin, permuted = self._groups.get(lane, ((-1, -1), 0, None))
-        if key != (number, group):
-            shard = int(first_shard) + group * self.shuffle_shards
-            begin = max(int(epoch.starts[shard]), lane_start) - lane_start
-            end = min(int(epoch.starts[min(shard + self.shuffle_shards, len(epoch.shards))]), lane_stop) - lane_start
-            permuted = permutation(end - begin, self.seed, self.source, number, lane, group)
-            self._groups[lane] = ((number, group), begin, permuted)
+        kept = self._groups.get(lane)
+        if kept is not None and kept[0] == (number, group):
+            return kept[1:]
+        shard = int(first_shard) + group * self.shuffle_shards
+        begin = max(int(epoch.starts[shard]), lane_start) - lane_start
+        end = min(int(epoch.starts[min(shard + self.shuffle_shards, len(epoch.shards))]), lane_stop) - lane_start
+        permuted = permutation(end - begin, self.seed, self.source, number, lane, group)
+        self._groups[lane] = ((number, group), begin, permuted)
         return begin, permuted
 
 

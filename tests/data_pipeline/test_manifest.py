@@ -133,7 +133,7 @@ def _set(field, value):
         (lambda content: content["shardlist"].append("a.tar"), r"shardlist\[2\] is not an object"),
         (
             lambda content: content["shardlist"].append(content["shardlist"][0]),
-            r"train-000000\.tar stands in it 2 times",
+            "tar stands in it 2 times",
         ),
         (_without("sha256"), r"shardlist\[1\]\.sha256 is None"),
         (_without("nsamples"), r"shardlist\[1\]\.nsamples is None"),
@@ -225,12 +225,11 @@ def test_remote_patterns():
 def test_number_ranges_as_the_shell_expands_them(first, last, width):
     """Zero padding to the longer of the two, as in bash; both directions."""
     low, high = f"{first:0{width}d}", f"{last:0{width}d}"
-    found = _braces(f"x{{{low}..{high}}}y")
-    assert [int(name[1:-1]) for name in found] == list(
-        range(first, last + 1) if first <= last else range(first, last - 1, -1)
-    )
+    names = [url.removeprefix("s3://b/x") for url in expand([f"s3://b/x{{{low}..{high}}}"])]
+    step = 1 if first <= last else -1
+    assert [int(name) for name in names] == list(range(first, last + step, step))
     if width > 4:
-        assert {len(name) for name in found} == {2 + width}
+        assert {len(name) for name in names} == {width}
 
 
 def test_addresses():
