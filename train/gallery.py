@@ -90,18 +90,18 @@ def text_to_image(features: Features, queries: Sequence[int], pictures: Pictures
     canvas, draw = _page(top + row_height * len(queries) + 10)
     strip = MARGIN + CAPTION_WIDTH + 16
     last = WIDTH - MARGIN - THUMB
-    draw.text((MARGIN, 30), "Text", INK, _font(19, bold=True))
-    draw.text((strip, 30), "Nearest images, best first", INK, _font(19, bold=True))
-    draw.text((last, 30), "Right image", INK, _font(19, bold=True))
+    draw.text((MARGIN, 30), "Text", INK, _font(21, bold=True))
+    draw.text((strip, 30), "Nearest images, best first", INK, _font(21, bold=True))
+    draw.text((last, 30), "Right image", INK, _font(21, bold=True))
     for number, image in enumerate(queries):
         y = top + number * row_height
         text = int((features.image_of_text_M == image).nonzero()[0])
         right_N = torch.arange(len(features.image_ND), device=features.image_ND.device) == image
         order_N, rank = nearest(features.text_MD[text], features.image_ND, right_N)
         draw.line((MARGIN, y - 10, WIDTH - MARGIN, y - 10), LINE, 1)
-        lines = _wrap(features.captions[text], _font(17), CAPTION_WIDTH, 4)
+        lines = _wrap(features.captions[text], _font(20), CAPTION_WIDTH, 3)
         _pill(draw, (MARGIN, y + 4), f"rank {rank}", rank == 1)
-        draw.multiline_text((MARGIN, y + 38), "\n".join(lines), INK, _font(17), spacing=5)
+        draw.multiline_text((MARGIN, y + 38), "\n".join(lines), INK, _font(20), spacing=5)
         for place, found in enumerate(order_N[:NEAREST_IMAGES].tolist()):
             _thumb(canvas, pictures.square(found, THUMB), (strip + place * (THUMB + GAP), y), found == image)
         _thumb(canvas, pictures.square(image, THUMB), (last, y), False)
@@ -125,12 +125,12 @@ def image_to_text(features: Features, queries: Sequence[int], pictures: Pictures
             right = bool(right_M[text])
             if right:
                 draw.rounded_rectangle((left - 2, line, x + width - 14, line + 32), 8, RIGHT_PALE)
-            font = _font(16, bold=right)
+            font = _font(19, bold=right)
             words = _wrap(features.captions[text], font, x + width - 24 - left - 34, 1)[0]
             draw.text((left + 8, line + 16), "✓" if right else str(place + 1), RIGHT if right else MUTED, font, "lm")
             draw.text((left + 34, line + 16), words, RIGHT if right else INK, font, "lm")
         if rank > NEAREST_TEXTS:
-            draw.text((x + width - 16, y + CARD_HEIGHT - 5), f"right text: rank {rank}", MUTED, _font(13), "rd")
+            draw.text((x + width - 16, y + CARD_HEIGHT - 5), f"right text: rank {rank}", MUTED, _font(15), "rd")
     return canvas
 
 
@@ -156,9 +156,9 @@ def _thumb(canvas: Image.Image, image: Image.Image, corner: tuple[int, int], rig
 def _pill(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, good: bool) -> None:
     """A small rounded label."""
     x, y = corner
-    width = draw.textlength(text, _font(14, bold=True)) + 20
-    draw.rounded_rectangle((x, y, x + width, y + 25), 12, RIGHT_PALE if good else BAR)
-    draw.text((x + 10, y + 12), text, RIGHT if good else MUTED, _font(14, bold=True), "lm")
+    width = draw.textlength(text, _font(16, bold=True)) + 20
+    draw.rounded_rectangle((x, y, x + width, y + 27), 13, RIGHT_PALE if good else BAR)
+    draw.text((x + 10, y + 13), text, RIGHT if good else MUTED, _font(16, bold=True), "lm")
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
