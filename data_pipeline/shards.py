@@ -1,140 +1,17 @@
-"""Tar shards: an index of their members, reading samples by that index, writing them.
-
-A sample is the members that share a key: the member's path up to the first dot of its file name; the rest is the
-extension, in lower case (webdataset's convention). A tar that is damaged or cut short is refused by name: reading on
-past a bad header, as tar readers do, would silently lose samples.
-"""
+"""Tar shards: reading their samples by number, writing them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import re
 import tarfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_pipeline.manifest import Shard
-
-BLOCK = 512
-"""Bytes of a tar block: headers, and the unit that members are padded to."""
-RECORD = 20 * BLOCK
-"""Bytes of a tar record, the unit that the whole archive is padded to."""
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_INDEX_VERSION = 1
-
-
-class Entry(NamedTuple):
-    """One sample of a shard."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    """Extension -> (offset of the content in the tar, size), both in bytes."""
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member's path; None for a member that belongs to no sample (no extension, dot file)."""
-    match = _NAME.fullmatch(name)
-    if match is None or (name.startswith("__") and name.endswith("__")):
-        return None
-    return match[1], match[2].lower()
-
-
-def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> list[Entry]:
-    """The samples of a tar, in order; the index is kept beside it (`.idx`) where that can be written.
-
-    padded: the tar must end on a whole record of 10,240 bytes, as those of webdataset, img2dataset, Python and GNU tar
-    do; without that, and without a manifest that states its size, a tar cut inside its final padding looks whole.
-    Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link
-    or device, a repeated key, no samples.
-    """
-    path = Path(path)
-    try:
-        stat = path.stat()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no shard at {path}") from error
-    if padded and stat.st_size % RECORD:
-        raise ValueError(
-            f"{path}: {stat.st_size} bytes are no whole number of {RECORD}-byte records: the tar was cut short, or "
-            f"written without padding (then write it again, with webdataset or GNU tar)"
-        )
-    index_path = path.with_name(f"{path.name}.idx")
-    stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    entries = _load_index(index_path, stamp)
-    if entries is None:
-        entries = _scan(path, stat.st_size)
-        lines = json.dumps(entries, separators=(",", ":"))
-        header = json.dumps([*stamp, zlib.crc32(lines.encode())])
-        with contextlib.suppress(OSError):  # Its checksum tells readers of a half-written one.
-            index_path.write_text(f"{header}\n{lines}\n", encoding="utf-8")
-    return entries
-
-
-def _load_index(path: Path, stamp: list[int]) -> list[Entry] | None:
-    """The kept index, if there is one, it is whole, and it was made of the tar with this size and time."""
-    try:
-        header, lines, _ = path.read_text(encoding="utf-8").split("\n")
-        if json.loads(header) != [*stamp, zlib.crc32(lines.encode())]:
-            return None
-        return [
-            Entry(key, {extension: (offset, size) for extension, (offset, size) in members.items()})
-            for key, members in json.loads(lines)
-        ]
-    except (OSError, ValueError):
-        return None
-
-
-def _scan(path: Path, filesize: int) -> list[Entry]:
-    """Read every header of a tar."""
-    entries: list[Entry] = []
-    keys: set[str] = set()
-    end = 0
-    for member in _members(path):
-        if not (member.isreg() or member.isdir()) or member.issparse():
-            raise ValueError(f"{path}: member {member.name} is no plain file (a link, a device, a sparse file)")
-        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        if end > filesize or member.size < 0:
-            raise ValueError(f"{path}: member {member.name} reaches past the end of the tar: it was cut short")
-        named = split_name(member.name) if member.isreg() else None
-        if named is None:
-            continue
-        key, extension = named
-        if not entries or entries[-1].key != key:
-            if key in keys:
-                raise ValueError(f"{path}: key {key} stands in it twice; the members of a sample must be neighbours")
-            keys.add(key)
-            entries.append(Entry(key, {}))
-        if extension in entries[-1].members:
-            raise ValueError(f"{path}: key {key} has two members .{extension}; keys must be unique within a shard")
-        entries[-1].members[extension] = (member.offset_data, member.size)
-    _check_end(path, end, filesize)
-    if not entries:
-        raise ValueError(f"{path} holds no samples (files named key.extension)")
-    return entries
-
-
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members that tarfile sees; it stops without a word at a damaged header, so check where it stopped."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            yield from tar
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is no whole tar: {error}") from error
-
-
-def _check_end(path: Path, end: int, filesize: int) -> None:
-    """After the last member there must be two blocks of zeros or more, and nothing else."""
-    with path.open("rb") as file:
-        file.seek(end)
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                raise ValueError(f"{path}: damaged header at byte {end}, or another tar was appended there")
-    if filesize - end < 2 * BLOCK:
-        raise ValueError(f"{path}: no end-of-archive blocks at byte {end}: the tar was cut short")
+from data_pipeline.tar_index import read_index, split_name
 
 
 class ShardReader:

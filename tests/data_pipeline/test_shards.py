@@ -11,7 +11,8 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards import Entry, ShardReader, read_index, split_name
+from data_pipeline.shards import ShardReader
+from data_pipeline.tar_index import Entry, read_index, split_name
 from tests.data_pipeline.tars import (
     LONG,
     SAMPLES,
@@ -64,20 +65,24 @@ def test_index_says_where_the_bytes_are(tmp_path):
     for entry, (key, members) in zip(read_index(path), SAMPLES, strict=True):
         assert isinstance(entry, Entry) and entry.key == key
         assert {ext: data[offset : offset + size] for ext, (offset, size) in entry.members.items()} == members
+    index = read_index(path)
+    assert len(index) == 3 and index[-1] == index[2] and index[1:] == [index[1], index[2]]
+    with pytest.raises(IndexError):
+        index[3]
 
 
 def test_the_index_is_kept_beside_the_shard_and_never_trusted_blindly(tmp_path):
     path = write_webdataset(tmp_path / "a.tar", SAMPLES)
     index = Path(f"{path}.idx")
-    entries = read_index(path)
+    entries = list(read_index(path))
     kept = index.read_bytes()
     stamp = index.stat().st_mtime_ns
-    assert read_index(path) == entries and index.stat().st_mtime_ns == stamp  # read, not made again
+    assert list(read_index(path)) == entries and index.stat().st_mtime_ns == stamp  # read, not made again
     flipped = bytearray(kept)
     flipped[-20] ^= 1
     for damaged in (b"", b"{}", kept[:-30], bytes(flipped), kept.replace(b"003", b"001"), os.urandom(90)):
         index.write_bytes(damaged)
-        assert read_index(path) == entries
+        assert list(read_index(path)) == entries
         assert index.read_bytes() == kept
     time.sleep(0.02)  # beyond the clock tick of file times
     write_webdataset(path, [("other", {"txt": b"x" * 700, "jpg": b"y"})])

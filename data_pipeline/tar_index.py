@@ -1,0 +1,183 @@
+"""Where the samples of a tar shard stand in it: read from every header once, kept beside the shard.
+
+A sample is the members that share a key: the member's path up to the first dot of its file name; the rest is the
+extension, in lower case (webdataset's convention). A tar that is damaged or cut short is refused by name: reading on
+past a bad header, as tar readers do, would silently lose samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tarfile
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, overload
+
+BLOCK = 512
+"""Bytes of a tar block: headers, and the unit that members are padded to."""
+RECORD = 20 * BLOCK
+"""Bytes of a tar record, the unit that the whole archive is padded to."""
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+_INDEX_VERSION = 2
+
+
+class Entry(NamedTuple):
+    """One sample of a shard."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    """Extension -> (offset of the content in the tar, size), both in bytes."""
+
+
+class Index(Sequence[Entry]):
+    """The samples of a tar, in order, in columns: about 130 bytes a sample, as a process keeps many shards open.
+
+    keys, layouts: of each sample, its key and its number in `extensions`, the distinct lists of extensions.
+    offsets, sizes: of each member, sample after sample.
+    """
+
+    def __init__(
+        self,
+        keys: list[str],
+        layouts: Iterable[int],
+        extensions: Iterable[Iterable[str]],
+        offsets: Iterable[int],
+        sizes: Iterable[int],
+    ):
+        self._keys, self._layouts = keys, array("L", layouts)
+        self._extensions = [tuple(names) for names in extensions]
+        self._offsets, self._sizes = array("Q", offsets), array("Q", sizes)
+        counts = (len(self._extensions[layout]) for layout in self._layouts)
+        self._firsts = array("Q", accumulate(counts, initial=0))
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Index:
+        """The index that holds `entries`."""
+        numbers: dict[tuple[str, ...], int] = {}
+        layouts = [numbers.setdefault(tuple(entry.members), len(numbers)) for entry in entries]
+        places = [place for entry in entries for place in entry.members.values()]
+        keys = [entry.key for entry in entries]
+        return cls(keys, layouts, numbers, (offset for offset, _ in places), (size for _, size in places))
+
+    def columns(self) -> list:
+        """What the constructor takes, as JSON can hold it."""
+        return [self._keys, list(self._layouts), self._extensions, list(self._offsets), list(self._sizes)]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        key, first = self._keys[index], self._firsts[range(len(self))[index]]
+        names = self._extensions[self._layouts[index]]
+        members = {name: (self._offsets[first + i], self._sizes[first + i]) for i, name in enumerate(names)}
+        return Entry(key, members)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member's path; None for a member that belongs to no sample (no extension, dot file)."""
+    match = _NAME.fullmatch(name)
+    if match is None or (name.startswith("__") and name.endswith("__")):
+        return None
+    return match[1], match[2].lower()
+
+
+def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> Index:
+    """The samples of a tar, in order; the index is kept beside it (`.idx`) where that can be written.
+
+    padded: the tar must end on a whole record of 10,240 bytes, as those of webdataset, img2dataset, Python and GNU tar
+    do; without that, and without a manifest that states its size, a tar cut inside its final padding looks whole.
+    Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link
+    or device, a repeated key, no samples.
+    """
+    path = Path(path)
+    try:
+        stat = path.stat()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no shard at {path}") from error
+    if padded and stat.st_size % RECORD:
+        raise ValueError(
+            f"{path}: {stat.st_size} bytes are no whole number of {RECORD}-byte records: the tar was cut short, or "
+            f"written without padding (then write it again, with webdataset or GNU tar)"
+        )
+    index_path = path.with_name(f"{path.name}.idx")
+    stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
+    index = _load_index(index_path, stamp)
+    if index is None:
+        index = Index.of(_scan(path, stat.st_size))
+        columns = json.dumps(index.columns(), separators=(",", ":"))
+        header = json.dumps([*stamp, zlib.crc32(columns.encode())])
+        with contextlib.suppress(OSError):  # Its checksum tells readers of a half-written one.
+            index_path.write_text(f"{header}\n{columns}\n", encoding="utf-8")
+    return index
+
+
+def _load_index(path: Path, stamp: list[int]) -> Index | None:
+    """The kept index, if there is one, it is whole, and it was made of the tar with this size and time."""
+    try:
+        header, columns, _ = path.read_text(encoding="utf-8").split("\n")
+        if json.loads(header) != [*stamp, zlib.crc32(columns.encode())]:
+            return None
+        return Index(*json.loads(columns))
+    except (OSError, ValueError):
+        return None
+
+
+def _scan(path: Path, filesize: int) -> list[Entry]:
+    """Read every header of a tar."""
+    entries: list[Entry] = []
+    keys: set[str] = set()
+    end = 0
+    for member in _members(path):
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise ValueError(f"{path}: member {member.name} is no plain file (a link, a device, a sparse file)")
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        if end > filesize or member.size < 0:
+            raise ValueError(f"{path}: member {member.name} reaches past the end of the tar: it was cut short")
+        named = split_name(member.name) if member.isreg() else None
+        if named is None:
+            continue
+        key, extension = named
+        if not entries or entries[-1].key != key:
+            if key in keys:
+                raise ValueError(f"{path}: key {key} stands in it twice; the members of a sample must be neighbours")
+            keys.add(key)
+            entries.append(Entry(key, {}))
+        if extension in entries[-1].members:
+            raise ValueError(f"{path}: key {key} has two members .{extension}; keys must be unique within a shard")
+        entries[-1].members[extension] = (member.offset_data, member.size)
+    _check_end(path, end, filesize)
+    if not entries:
+        raise ValueError(f"{path} holds no samples (files named key.extension)")
+    return entries
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members that tarfile sees; it stops without a word at a damaged header, so check where it stopped."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from tar
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is no whole tar: {error}") from error
+
+
+def _check_end(path: Path, end: int, filesize: int) -> None:
+    """After the last member there must be two blocks of zeros or more, and nothing else."""
+    with path.open("rb") as file:
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise ValueError(f"{path}: damaged header at byte {end}, or another tar was appended there")
+    if filesize - end < 2 * BLOCK:
+        raise ValueError(f"{path}: no end-of-archive blocks at byte {end}: the tar was cut short")
