@@ -113,14 +113,13 @@ def _on_a_rank(config: RunConfig, sets: list[Path]) -> list[tuple[dict, Features
     """Metrics, features and forward passes on each data set."""
     torch.manual_seed(distributed.rank())  # nothing may depend on the rank's random numbers
     model, tokenizer = parts(config)
-    results = []
+    results, passes = [], []
+    for tower in (model.image, model.text):
+        tower.register_forward_hook(lambda *_: passes.append(1))
     for data in sets:
-        passes = []
-        hooks = [tower.register_forward_hook(lambda *_: passes.append(1)) for tower in (model.image, model.text)]
+        passes.clear()
         found = evaluate(model, config, tokenizer, load_manifest(data))
         results.append((found.metrics, found.features, len(passes)))
-        for hook in hooks:
-            hook.remove()
     return results
 
 
