@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import checkpoint, cli, rundir
+from train import cli, rundir
 from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +128,8 @@ def describe_run(config: RunConfig) -> str:
         raise ValueError(f"--name {config.name}: {directory} holds a run with another configuration:\n  {lines}")
     if rundir.read_results(directory):
         raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
+    from train import checkpoint  # loads torch, which only a run that exists needs
+
     found = checkpoint.newest(directory)
     return f"goes on in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"
 
