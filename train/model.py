@@ -58,8 +58,8 @@ class PairModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
         self.log_scale_range = (0.0, math.log(config.max_logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor([SIGMOID_BIAS])) if sigmoid else None
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32).view(1, 3, 1, 1))
         for tower in self._locked():
             tower.requires_grad_(False)
         self.train()

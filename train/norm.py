@@ -76,9 +76,8 @@ class _SyncNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BCHW, weight_C, bias_C, running_mean_C, running_var_C, momentum, eps):
-        x = x_BCHW.float()
-        channels = x.shape[1]
-        count = torch.full((1,), x.numel() // channels, dtype=torch.float32, device=x.device)
+        x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+        count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
         totals = all_reduce_sum(torch.cat((x.sum((0, 2, 3)), count)))
         n = totals[-1]
         mean_C = totals[:-1] / n
@@ -94,8 +93,8 @@ class _SyncNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_BCHW):
         x_BCHW, weight_C, mean_C, inverse_std_C, n = ctx.saved_tensors
-        dy = dy_BCHW.float()
-        xhat = (x_BCHW.float() - _per_channel(mean_C)) * _per_channel(inverse_std_C)
+        dy = dy_BCHW.to(mean_C.dtype)
+        xhat = (x_BCHW - _per_channel(mean_C)) * _per_channel(inverse_std_C)
         dbias_C, dweight_C = dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))
         mean_dy_C, mean_dy_xhat_C = all_reduce_sum(torch.stack((dbias_C, dweight_C))) / n
         dx = (dy - _per_channel(mean_dy_C) - xhat * _per_channel(mean_dy_xhat_C)) * _per_channel(

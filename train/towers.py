@@ -55,16 +55,14 @@ class ImageTower(nn.Module):
                 raise ValueError(
                     f"--model.image.checkpointing: {config.name} has no blocks to recompute; set it to false"
                 )
-            for name in self.blocks:
-                block = self.get_submodule(name)
-                block.forward = partial(_recompute, block.forward)
+            _recompute_blocks(self, self.blocks)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Normalized images, float [B, 3, H, W] -> features [B, D]."""
         return self.backbone(images_BCHW)
 
-    def forward_stages(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """The output of every stage by its name, bottom to top, and the features [B, D] as "features"."""
+    def forward_stages(self, images_BCHW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The output of every stage by its name, bottom to top, and the features [B, D]."""
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable:
@@ -76,7 +74,7 @@ class ImageTower(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs | {"features": features_BD}
+        return outputs, features_BD
 
     def layers(self) -> list[list[str]]:
         """Names of all parameters, grouped by layer (stem, then one per block), bottom to top."""
@@ -111,7 +109,7 @@ class TextTower(nn.Module):
         if not self.blocks:
             raise ValueError(f"--model.text.name {config.name}: no transformer layers found; use a BERT-family encoder")
         if config.checkpointing:
-            self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute_blocks(self, self.blocks)
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Token ids and mask (1: token, 0: padding), int64 [B, L] -> features [B, D]."""
@@ -149,7 +147,7 @@ def _build_backbone(name: str, image_size: int) -> nn.Module:
         raise ValueError(f"--model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}")
     options: dict = {}
     if name.startswith("vit_"):
-        patch = int(name.rsplit("_", 1)[1])
+        patch = _patch_size(name)
         if image_size % patch:
             raise ValueError(f"--data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
         options["image_size"] = image_size
@@ -157,7 +155,14 @@ def _build_backbone(name: str, image_size: int) -> nn.Module:
         options["input_size"] = (image_size, image_size)
     elif name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(name, weights=None, **options)
+    try:
+        return torchvision.models.get_model(name, weights=None, **options)
+    except ValueError as error:
+        raise ValueError(f"--data.image_size {image_size} does not fit --model.image.name {name}: {error}") from error
+
+
+def _patch_size(vit: str) -> int:
+    return int(vit.rpartition("_")[2])
 
 
 def _remove_head(backbone: nn.Module, name: str) -> tuple[int, str]:
@@ -182,7 +187,7 @@ def _load_image_weights(backbone: nn.Module, config: ImageTowerConfig, head: str
     if config.name.startswith("vit_"):
         # Position embeddings of another image size are interpolated (arXiv 2010.11929, section 3.2).
         try:
-            state = interpolate_embeddings(image_size, int(config.name.rsplit("_", 1)[1]), state)
+            state = interpolate_embeddings(image_size, _patch_size(config.name), state)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{flag} are not weights of {config.name}: {error!r}") from error
     own = backbone.state_dict()
@@ -204,9 +209,11 @@ def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
         config = transformers.BertConfig()  # is that architecture, so no hub is asked
     else:
         config = from_hub(transformers.AutoConfig.from_pretrained, name)
-    encoder_class = transformers.MODEL_MAPPING.get(type(config), None)
-    if encoder_class is None or config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+    # The family is told by its objective: encoders that see the whole caption are trained on masked words.
+    family = not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if not family or type(config) not in transformers.MODEL_MAPPING or not hasattr(config, "hidden_size"):
         raise ValueError(f"--model.text.name {name} is of type {config.model_type}: use an encoder of the BERT family")
+    encoder_class = transformers.MODEL_MAPPING[type(config)]
     options: dict = {}
     if "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters:
         options["add_pooling_layer"] = False  # parameters that no gradient reaches would stop DDP
@@ -258,7 +265,8 @@ def _blocks(module: nn.Module, prefix: str = "") -> list[str]:
 def _stages(module: nn.Module, blocks: list[str]) -> list[str]:
     """Names of the innermost sequences of blocks, such as a ResNet's layer1 to layer4."""
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in blocks))
-    return [name for name in parents if type(module.get_submodule(name)) in (nn.Sequential, AnyStage)]
+    innermost = [name for name in parents if not any(other.startswith(f"{name}.") for other in parents)]
+    return [name for name in innermost if isinstance(module.get_submodule(name), nn.Sequential)]
 
 
 def _layers(module: nn.Module, blocks: list[str]) -> list[list[str]]:
@@ -274,8 +282,14 @@ def _layers(module: nn.Module, blocks: list[str]) -> list[list[str]]:
     return [layer for layer in layers if layer]
 
 
-def _recompute(forward: Callable, *inputs: Tensor) -> Tensor:
-    """Runs a block without keeping what is inside it, when there is a backward pass to come."""
+def _recompute_blocks(module: nn.Module, blocks: list[str]) -> None:
+    """Lets these blocks keep only their inputs for the backward pass (arXiv 1604.06174)."""
+    for name in blocks:
+        block = module.get_submodule(name)
+        block.forward = partial(_recompute, block.forward)
+
+
+def _recompute(forward: Callable, *inputs, **options):
     if not torch.is_grad_enabled():
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
