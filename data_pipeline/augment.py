@@ -7,52 +7,59 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
 from data_pipeline.config import AugmentConfig
 from data_pipeline.samples import RGB
 
-_OFF = {
-    "scale": (1.0, 1.0),
-    "ratio": (1.0, 1.0),
-    "flip": 0.0,
-    "rotation": 0.0,
-    "jitter": (0.0, 0.0, 0.0, 0.0),
-    "jitter_probability": 0.0,
-    "grayscale": 0.0,
-    "rand_ops": 0,
-    "rand_magnitude": 9,
-}
-_JITTER = {"jitter": (0.2, 0.2, 0.2, 0.02), "jitter_probability": 0.5}
-POLICIES: dict[str, dict] = {
-    "none": _OFF,
-    "light": {**_OFF, "scale": (0.8, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5},
-    "standard": {**_OFF, **_JITTER, "scale": (0.5, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5},
-    "strong": {
-        **_OFF,
-        "scale": (0.25, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "flip": 0.5,
-        "rotation": 10.0,
-        "jitter": (0.4, 0.4, 0.4, 0.1),
-        "jitter_probability": 0.8,
-        "grayscale": 0.1,
-        "rand_ops": 2,
-    },
-    "text_safe": {**_OFF, **_JITTER, "scale": (0.8, 1.0), "ratio": (0.9, 1.1)},
+
+@dataclass(frozen=True)
+class Augmentation:
+    """An AugmentConfig with every field set; the defaults here are those of "none": no augmentation."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    rotation: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_probability: float = 0.0
+    grayscale: float = 0.0
+    rand_ops: int = 0
+    rand_magnitude: int = 9
+
+
+_RATIO = (3 / 4, 4 / 3)
+_JITTER = (0.2, 0.2, 0.2, 0.02)
+POLICIES = {
+    "none": Augmentation(),
+    "light": Augmentation(scale=(0.8, 1.0), ratio=_RATIO, flip=0.5),
+    "standard": Augmentation(scale=(0.5, 1.0), ratio=_RATIO, flip=0.5, jitter=_JITTER, jitter_probability=0.5),
+    "strong": Augmentation(
+        scale=(0.25, 1.0),
+        ratio=_RATIO,
+        flip=0.5,
+        rotation=10.0,
+        jitter=(0.4, 0.4, 0.4, 0.1),
+        jitter_probability=0.8,
+        grayscale=0.1,
+        rand_ops=2,
+    ),
+    "text_safe": Augmentation(scale=(0.8, 1.0), ratio=(0.9, 1.1), jitter=_JITTER, jitter_probability=0.5),
 }
 """What each named policy sets. "none" is the evaluation transform: the largest square in the middle."""
 
 
-def resolve_augment(config: AugmentConfig) -> AugmentConfig:
-    """`config` with the fields left at None filled in from its policy.
+def resolve_augment(given: AugmentConfig) -> Augmentation:
+    """The policy of `given`, with the fields that it sets itself in place of the policy's.
 
     Raises ValueError naming the field whose value cannot be used.
     """
-    chosen = {name: value for name, value in POLICIES[config.policy].items() if getattr(config, name) is None}
-    config = replace(config, **chosen)
+    own = {item.name: getattr(given, item.name) for item in fields(Augmentation)}
+    config = replace(POLICIES[given.policy], **{name: value for name, value in own.items() if value is not None})
     for name, largest in (("scale", 1.0), ("ratio", 100.0)):
         low, high = getattr(config, name)
         if not 0 < low <= high <= largest:
@@ -76,21 +83,23 @@ def color_jitter(image: Image.Image, strength: tuple[float, float, float, float]
     """Change brightness, contrast, saturation and hue by up to `strength`, in random order."""
     brightness, contrast, saturation, hue = strength
     changes: list[Callable[[Image.Image], Image.Image]] = []
-    for enhance, width in (
+    for kind, width in (
         (ImageEnhance.Brightness, brightness),
         (ImageEnhance.Contrast, contrast),
         (ImageEnhance.Color, saturation),
     ):
         if width:
-            factor = rng.uniform(max(0.0, 1 - width), 1 + width)
-            changes.append(lambda seen, enhance=enhance, factor=factor: enhance(seen).enhance(factor))
+            changes.append(partial(_enhance, kind=kind, factor=rng.uniform(max(0.0, 1 - width), 1 + width)))
     if hue:
-        turn = round(rng.uniform(-hue, hue) * 256)
-        changes.append(lambda seen: shift_hue(seen, turn))
+        changes.append(partial(shift_hue, turn=round(rng.uniform(-hue, hue) * 256)))
     rng.shuffle(changes)
     for change in changes:
         image = change(image)
     return image
+
+
+def _enhance(image: Image.Image, kind: Callable[[Image.Image], Any], factor: float) -> Image.Image:
+    return kind(image).enhance(factor)
 
 
 def shift_hue(image: Image.Image, turn: int) -> Image.Image:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 
+@dataclass
 class _Batch:
     """Moving all tensors of a dataclass at once."""
 

@@ -160,7 +160,11 @@ class EvalSource:
             yield self._batch(positions)
 
     def _batch(self, positions: Sequence[Position]) -> EvalBatch:
-        images, captions, caption_row, classes, keys, bad = [], [], [], [], [], []
+        images: list[torch.Tensor] = []
+        captions: list[str] = []
+        caption_row: list[int] = []
+        classes: list[str | None] = []
+        keys, bad = [], []
         for place in positions:
             raw = self.readers.raw(place.source, place.shard, place.index)
             try:

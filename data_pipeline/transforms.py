@@ -48,34 +48,25 @@ class EvalTransform:
     """See eval_transform."""
 
     def __init__(self, config: DataConfig):
-        if config.image_size < 1:
-            raise ValueError(f"--data.image_size is {config.image_size}: at least 1 pixel")
-        self.size, self.background, self.max_pixels = config.image_size, tuple(config.background), config.max_pixels
+        self.region = Region(config)
 
     def __call__(self, source: bytes | Image.Image) -> Tensor:
         """Raises BadSample where the image cannot be used."""
-        image = self._open(source)
-        return to_tensor(self._region(image, centre_crop(*oriented_size(image))))
-
-    def _open(self, source: bytes | Image.Image) -> Image.Image:
-        return source if isinstance(source, Image.Image) else open_image(source, self.max_pixels)
-
-    def _region(self, image: Image.Image, crop: Crop) -> Tensor:
-        return load_region(image, crop, self.size, self.background)
+        image = self.region.open(source)
+        return to_tensor(self.region.load(image, centre_crop(*oriented_size(image))))
 
 
-class TrainTransform(EvalTransform):
+class TrainTransform:
     """See train_transform."""
 
     def __init__(self, config: DataConfig):
-        super().__init__(config)
-        self.augment = resolve_augment(config.augment)
+        self.region, self.augment = Region(config), resolve_augment(config.augment)
 
     def __call__(self, source: bytes | Image.Image, rng: random.Random) -> Tensor:
         """Raises BadSample where the image cannot be used."""
-        augment, image = self.augment, self._open(source)
+        augment, image, background = self.augment, self.region.open(source), self.region.background
         crop = random_crop(*oriented_size(image), augment.scale, augment.ratio, rng)
-        region_HWC = self._region(image, crop)
+        region_HWC = self.region.load(image, crop)
         if rng.random() < augment.flip:
             region_HWC = region_HWC.flip(1)
         jitter = any(augment.jitter) and rng.random() < augment.jitter_probability
@@ -84,9 +75,9 @@ class TrainTransform(EvalTransform):
             return to_tensor(region_HWC)
         image = Image.fromarray(region_HWC.numpy())
         if augment.rotation:
-            image = rotate(image, rng.uniform(-augment.rotation, augment.rotation), self.background)
+            image = rotate(image, rng.uniform(-augment.rotation, augment.rotation), background)
         if augment.rand_ops:
-            image = rand_augment(image, augment.rand_ops, augment.rand_magnitude, self.background, rng)
+            image = rand_augment(image, augment.rand_ops, augment.rand_magnitude, background, rng)
         if jitter:
             image = color_jitter(image, augment.jitter, rng)
         if gray:
@@ -97,6 +88,24 @@ class TrainTransform(EvalTransform):
 def to_tensor(image_HWC: Tensor) -> Tensor:
     """[H, W, 3] -> [3, H, W], a view."""
     return image_HWC.permute(2, 0, 1)
+
+
+class Region:
+    """Decodes a crop of an image at the size that the tower sees."""
+
+    def __init__(self, config: DataConfig):
+        if config.image_size < 1:
+            raise ValueError(f"--data.image_size is {config.image_size}: at least 1 pixel")
+        red, green, blue = config.background
+        self.size, self.background, self.max_pixels = config.image_size, (red, green, blue), config.max_pixels
+
+    def open(self, source: bytes | Image.Image) -> Image.Image:
+        """The image with its header read. Raises BadSample."""
+        return source if isinstance(source, Image.Image) else open_image(source, self.max_pixels)
+
+    def load(self, image: Image.Image, crop: Crop) -> Tensor:
+        """Decode an opened image and resize `crop` of it: uint8 [size, size, 3]. Raises BadSample."""
+        return load_region(image, crop, self.size, self.background)
 
 
 def load_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> Tensor:
