@@ -11,8 +11,12 @@ B: pairs of the global batch, b: pairs of this rank, D: features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.config import LossConfig
@@ -57,14 +61,30 @@ def contrastive_loss(
         return loss(image_BD, text_BD, scale, own, config, ids)
 
 
+class _Product(Function):
+    """rows_bD @ columns_BD.T, exact in the backward pass, too, which runs outside the loss function."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_bD: Tensor, columns_BD: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_bD, columns_BD)
+        return rows_bD @ columns_BD.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_bB: Tensor) -> tuple[Tensor, Tensor]:
+        rows_bD, columns_BD = ctx.saved_tensors
+        with exact_matmul(grad_bB.device.type):
+            return grad_bB @ columns_BD, grad_bB.T @ rows_bD
+
+
 def _softmax(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, own: slice, config: LossConfig, ids: Ids | None
 ) -> Tensor:
     """rows: full computes the logits of all rows and keeps its own; local computes its own."""
     B = image_BD.shape[0]
     rows = slice(0, B) if config.rows == "full" else own
-    logits_image = scale * image_BD[rows] @ text_BD.T
-    logits_text = logits_image.T if config.rows == "full" else scale * text_BD[rows] @ image_BD.T
+    logits_image = _Product.apply(scale * image_BD[rows], text_BD)
+    logits_text = logits_image.T if config.rows == "full" else _Product.apply(scale * text_BD[rows], image_BD)
     excluded = None if ids is None else ids.duplicates(rows, slice(0, B))
     losses = sum(_cross_entropy(logits, rows, config, excluded) for logits in (logits_image, logits_text)) / 2
     return losses[own.start - rows.start : own.stop - rows.start].mean()
@@ -72,13 +92,16 @@ def _softmax(
 
 def _cross_entropy(logits: Tensor, rows: slice, config: LossConfig, excluded: Tensor | None) -> Tensor:
     """[rows, B] -> [rows]; the target of row i is column i, smoothed over the columns that are not excluded."""
-    own = torch.arange(rows.start, rows.stop, device=logits.device)
-    if excluded is None:
-        return F.cross_entropy(logits, own, reduction="none", label_smoothing=config.label_smoothing)
-    logsumexp = logits.masked_fill(excluded, -torch.inf).logsumexp(1)
-    positive = logits.diagonal(rows.start)
-    mean = logits.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
-    return logsumexp - (1 - config.label_smoothing) * positive - config.label_smoothing * mean
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, -torch.inf)
+    log_shares = logits.log_softmax(1)
+    losses = -(1 - config.label_smoothing) * log_shares.diagonal(rows.start)
+    if config.label_smoothing and excluded is None:
+        losses = losses - config.label_smoothing * log_shares.mean(1)
+    elif config.label_smoothing:
+        mean = log_shares.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
+        losses = losses - config.label_smoothing * mean
+    return losses
 
 
 def _sigmoid(
@@ -93,7 +116,7 @@ def _sigmoid(
     """Per row of images, the sum over texts of softplus(logit) - target * logit; excluded pairs weigh nothing."""
     B = image_BD.shape[0]
     rows = slice(0, B) if config.rows == "full" else own
-    logits = scale * image_BD[rows] @ text_BD.T + bias
+    logits = _Product.apply(scale * image_BD[rows], text_BD) + bias
     positive = logits.diagonal(rows.start)
     costs = F.softplus(logits)
     if ids is None:
