@@ -59,7 +59,7 @@ there() { if [ -e "$1" ]; then echo " (there already)"; fi; }
 echo "[1/3] Python environment in .venv$(there .venv/.installed/requirements.txt)"
 ensure_venv requirements.txt
 
-echo "[2/3] Demo data in data/demo$(there data/demo/train/manifest.json)"
+echo "[2/3] Demo data in data/demo$(there data/demo/openmoji/train/manifest.json)"
 "$PYTHON" -m data_pipeline demo data/demo
 
 run=$runs/$name

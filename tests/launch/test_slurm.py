@@ -24,7 +24,7 @@ def cluster(tmp_path_factory):
 def both_nodes_idle(cluster):
     yield
     cluster.ask("scancel", "--me")
-    wait_for(lambda: cluster.idle() == {"n1", "n2"}, "idle nodes", 90)
+    wait_for(lambda: cluster.idle() == {"n1", "n2"} and not cluster.ask("squeue", "-h"), "idle nodes", 90)
 
 
 def counting(directory: Path, steps: int) -> tuple[str, ...]:

@@ -1,0 +1,238 @@
+"""The doctor's checks of one host and of all ranks together. Every check is called on every rank, in the same order."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import netrc
+import os
+import platform
+import random
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from data_pipeline.manifest import load_manifest
+from data_pipeline.samples import split
+from data_pipeline.shards import ShardReader
+from data_pipeline.store import Store
+from data_pipeline.transforms import train_transform
+from launch.findings import Finding, fail, ok, warn
+from launch.memory import GB, RESERVE, plan
+from train import distributed
+from train.config import RunConfig
+
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "webdataset", "wandb", "pillow")
+REQUIRED = ("torch", "torchvision", "transformers", "accelerate", "webdataset", "pillow")
+GPU_RATE = 450
+"""Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""
+
+
+def versions() -> list[Finding]:
+    """The same packages everywhere."""
+    here = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            here[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            here[name] = "missing"
+    everywhere = distributed.broadcast_object(distributed.gather_objects(here))
+    text = " ".join(f"{name} {version}" for name, version in here.items())
+    if missing := [name for name in REQUIRED if here[name] == "missing"]:
+        return [fail("versions", text, f"pip install {' '.join(missing)}")]
+    different = sorted({name for other in everywhere for name in here if other[name] != here[name]})
+    if different:
+        return [
+            fail("versions", f"{', '.join(different)} differ between ranks", "install one requirements.lock everywhere")
+        ]
+    absent = [name for name in PACKAGES if here[name] == "missing"]
+    return [warn("versions", text, f"optional: pip install {' '.join(absent)}") if absent else ok("versions", text)]
+
+
+def devices() -> list[Finding]:
+    """GPUs, and whether driver and torch's CUDA go together."""
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
+        text = f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / GB:.0f} GB, "
+        text += f"CUDA {torch.version.cuda}"
+        if not torch.cuda.is_bf16_supported():
+            return [warn("devices", text, "no bf16 on these: set mixed_precision: no in the accelerate config")]
+        return [ok("devices", text)]
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        if listed.returncode == 0 and listed.stdout.strip():
+            remedy = f"the driver is too old for CUDA {torch.version.cuda}: update it, or install a torch made for it"
+            return [fail("devices", "nvidia-smi sees GPUs, torch does not", remedy)]
+    memory = psutil.virtual_memory().total / GB
+    return [
+        warn("devices", f"no GPU; {os.cpu_count()} cores, {memory:.0f} GB", "fine for the quickstart, slow for more")
+    ]
+
+
+def memory(config: RunConfig) -> list[Finding]:
+    """What the run's model needs, and the least ZeRO stage with which it fits."""
+    world = distributed.world_size()
+    on_gpu = torch.cuda.is_available()
+    needs = plan(config, world, bf16=on_gpu)
+    if on_gpu:
+        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        there = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parts = f"{needs.parameters / 1e6:.0f} M parameters; per rank: state {needs.state(0) / GB:.1f} GB under DDP, "
+    parts += f"{needs.state(1) / GB:.1f}/{needs.state(2) / GB:.1f}/{needs.state(3) / GB:.1f} under ZeRO-1/2/3, "
+    parts += f"activations {needs.activations / GB:.1f}, loss {needs.loss / GB:.2f}; x {RESERVE} of {there / GB:.0f} GB"
+    stage = needs.smallest_stage(there)
+    if stage is None:
+        remedy = (
+            "smaller --train.micro_batch, --model.image.checkpointing true, --model.text.checkpointing true, more ranks"
+        )
+        return [fail("memory plan", parts, remedy)]
+    name = "DDP (launch/accelerate/ddp.yaml)" if stage == 0 else f"ZeRO-{stage} (launch/accelerate/zero{stage}.yaml)"
+    return [ok("memory plan", f"{parts}: fits with {name}")]
+
+
+def collectives() -> list[Finding]:
+    """Latency and bandwidth of all-reduce, bandwidth of all-gather, over all ranks."""
+    world = distributed.world_size()
+    if world == 1:
+        return [ok("collectives", "one process: nothing to exchange")]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    large = torch.ones((64 if device.type == "cuda" else 4) * 2**18, device=device)
+
+    def timed(call, tensor: torch.Tensor, repeats: int) -> float:
+        call(tensor)
+        distributed.barrier()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            result = call(tensor)
+        float(result.flatten()[0])  # waits for the device
+        return (time.perf_counter() - began) / repeats
+
+    latency = timed(distributed.all_reduce_sum, torch.ones(1, device=device), 20)
+    size = large.numel() * 4
+    # Bytes over a rank's link in a ring: 2 (W - 1) / W of the buffer for a reduction, (W - 1) of a share for a gather.
+    reduce = 2 * (world - 1) / world * size / timed(distributed.all_reduce_sum, large, 5)
+    gather = (world - 1) * size / timed(lambda x: distributed.all_gather_rows(x.view(-1, 256)), large, 5)
+    text = (
+        f"{world} ranks: all-reduce {latency * 1e6:.0f} us, {reduce / GB:.2f} GB/s; all-gather {gather / GB:.2f} GB/s"
+    )
+    if device.type == "cuda" and min(reduce, gather) < 2 * GB:
+        return [
+            warn(
+                "collectives",
+                text,
+                "slow for GPUs: NCCL_DEBUG=INFO shows the transport; NCCL_SOCKET_IFNAME, NCCL_IB_HCA",
+            )
+        ]
+    return [ok("collectives", text)]
+
+
+def clocks() -> list[Finding]:
+    """Clocks of all ranks, read right after a barrier."""
+    distributed.barrier()
+    times = distributed.broadcast_object(distributed.gather_objects(time.time()))
+    skew = max(times) - min(times)
+    text = f"{skew * 1e3:.0f} ms between {len(times)} ranks"
+    if skew > 2:
+        return [warn("clock skew", text, "logs and file times will not line up: run chrony or ntpd on every node")]
+    return [ok("clock skew", text)]
+
+
+def shared_files(config: RunConfig) -> list[Finding]:
+    """The runs directory: every rank sees what every other writes; its speed; room for checkpoints."""
+    directory = Path(config.runs_dir)
+    rank, block = distributed.rank(), os.urandom(2**22)
+    token = distributed.broadcast_object(f".doctor-{os.getpid()}-{time.time_ns()}")
+    own = directory / f"{token}-{rank}"
+    problem, speed = "", 0.0
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with own.open("wb") as file:
+            for _ in range(16):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        speed = 16 * len(block) / (time.perf_counter() - began)
+    except OSError as error:
+        problem = f"rank {rank} on {socket.gethostname()}: {error}"
+    distributed.barrier()
+    unseen = [other for other in range(distributed.world_size()) if not (directory / f"{token}-{other}").exists()]
+    if unseen and not problem:
+        problem = f"{socket.gethostname()} does not see the file of rank {unseen[0]}"
+    problems = distributed.broadcast_object(distributed.gather_objects(problem))
+    own.unlink(missing_ok=True)
+    if any(problems):
+        text = next(filter(None, problems))
+        return [
+            fail(
+                "runs directory",
+                f"{directory}: {text}",
+                "--runs_dir on a file system that all nodes mount and may write",
+            )
+        ]
+    free = shutil.disk_usage(directory).free
+    text = f"{directory.resolve()}: seen by all ranks, {speed / 1e6:.0f} MB/s written, {free / GB:.0f} GB free"
+    if free < 20 * GB:
+        return [
+            warn("runs directory", text, "each checkpoint holds 12 bytes per parameter, and --checkpoint.keep stay")
+        ]
+    return [ok("runs directory", text)]
+
+
+def data(config: RunConfig) -> list[Finding]:
+    """The training shards: reachable, whole by the first and last one, and how fast they are decoded here."""
+    source = config.data.train if isinstance(config.data.train, str) else config.data.train[0].data
+    if not source:
+        return [warn("data", "no --data.train given", "give the run's config to check its data")]
+    manifest = load_manifest(source)
+    store = Store(config.data.cache_dir, int(config.data.cache_gb * GB))
+    transform, count, began = train_transform(config.data), 0, time.perf_counter()
+    for shard in {manifest.shards[0], manifest.shards[-1]}:
+        reader = ShardReader(store.local(shard), shard)
+        for index in range(len(reader)):
+            transform(split(reader.raw(index))[0], random.Random(index))
+            count += 1
+            if time.perf_counter() - began > 2:
+                break
+        reader.close()
+    workers = max(1, config.data.workers)
+    rate = count / (time.perf_counter() - began) * workers
+    text = f"{manifest.nsamples} samples in {len(manifest.shards)} shards; "
+    text += f"about {rate:.0f} samples/s per process ({workers} workers)"
+    if torch.cuda.is_available() and rate < GPU_RATE:
+        need = -(-GPU_RATE * workers // max(1, int(rate)))
+        return [warn("data", text, f"a GPU takes {GPU_RATE}/s (ResNet-50 at 224 px): --data.workers {need}")]
+    return [ok("data", text)]
+
+
+def host() -> list[Finding]:
+    """Ports, shared memory and W&B of this host."""
+    found = []
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    if "MASTER_PORT" in os.environ:
+        found.append(ok("rendezvous", f"{os.environ.get('MASTER_ADDR')}:{port}, {distributed.world_size()} ranks met"))
+    else:
+        with socket.socket() as probe:
+            taken = probe.connect_ex(("127.0.0.1", port)) == 0
+        used = warn("rendezvous", f"port {port} is taken on this host", "give --port another one")
+        found.append(used if taken else ok("rendezvous", f"port {port} is free on this host"))
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    small = warn("shared memory", f"/dev/shm {shared / GB:.1f} GB", "docker: --ipc host or --shm-size 8g")
+    found.append(small if shared < GB else ok("shared memory", f"/dev/shm {shared / GB:.1f} GB"))
+    key = "of the environment" if os.environ.get("WANDB_API_KEY") else "of ~/.netrc" if _netrc_key() else ""
+    remedy = "runs are kept offline and sent by `wandb sync`; or set WANDB_API_KEY, or `wandb login` once"
+    found.append(ok("W&B", f"key {key}") if key else warn("W&B", "no key on this host", remedy))
+    return found
+
+
+def _netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,64 @@
+"""Look before renting: python -m launch.doctor [--json] [--config RUN.yaml] [--field value ...]
+
+Checks this host and the run that the config describes. Under a launcher it checks all ranks together, as in
+./launch/multinode.sh --module launch.doctor --config RUN.yaml. Exit status: 0 ok or warnings, 1 a failure, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from launch import checks
+from launch.findings import Finding, as_json, fail, table, worst
+from train import cli, distributed
+
+
+def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """A check's findings, of each the worst among the ranks; the same list on every rank.
+
+    A check that breaks is itself a finding, and the other checks go on.
+    """
+    try:
+        own = check()
+    except Exception as error:
+        own = [fail(name, f"{type(error).__name__}: {error}", "the message above names what is wrong")]
+    everywhere = distributed.broadcast_object(distributed.gather_objects(own))
+    merged: list[Finding] = []
+    for position in range(max(len(findings) for findings in everywhere)):
+        column = [findings[position] for findings in everywhere if position < len(findings)]
+        status = worst(column)
+        merged.append(next(finding for finding in column if finding.status == status))
+    return merged
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    options, run = parser.parse_known_args(argv)
+    try:
+        config = cli.parse(run)
+        distributed.start()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    findings = [
+        *examine("versions", checks.versions),
+        *examine("devices", checks.devices),
+        *examine("memory plan", lambda: checks.memory(config)),
+        *examine("collectives", checks.collectives),
+        *examine("clock skew", checks.clocks),
+        *examine("runs directory", lambda: checks.shared_files(config)),
+        *examine("data", lambda: checks.data(config)),
+        *examine("host", checks.host),
+    ]
+    if distributed.is_main():
+        print(json.dumps(as_json(findings), indent=2) if options.json else table(findings), flush=True)
+    distributed.barrier()
+    return 1 if worst(findings) == "fail" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

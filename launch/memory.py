@@ -1,0 +1,100 @@
+"""What a run needs of each device: weights, gradients, optimizer, activations, loss; and the ZeRO stage that fits.
+
+Per parameter, all fp32 (train.engine): 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, 4 more with EMA.
+ZeRO-1 splits the moments over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too (arXiv 1910.02054).
+Activations are not estimated: a small micro-batch goes forward on the CPU and what autograd keeps is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.loader import MicroBatch
+from train.config import RunConfig
+from train.model import build_model
+
+GB = 1e9
+RESERVE = 1.15
+"""Factor for what is not counted: cuDNN and NCCL workspaces, fragmentation."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per rank of a run on `world` ranks."""
+
+    parameters: int
+    activations: int
+    loss: int
+    world: int
+    ema: bool
+
+    def state(self, stage: int) -> float:
+        """Weights, gradients and optimizer state under ZeRO `stage`; 0 is DDP."""
+        weight, gradient, moments = 4.0 + 4 * self.ema, 4.0, 8.0
+        moments /= self.world if stage >= 1 else 1
+        gradient /= self.world if stage >= 2 else 1
+        weight /= self.world if stage >= 3 else 1
+        return self.parameters * (weight + gradient + moments)
+
+    def total(self, stage: int) -> float:
+        return RESERVE * (self.state(stage) + self.activations + self.loss)
+
+    def smallest_stage(self, memory: float) -> int | None:
+        """The first of DDP, ZeRO-1, 2, 3 that fits into `memory` bytes; None where none does."""
+        return next((stage for stage in range(4) if self.total(stage) <= memory), None)
+
+
+def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
+    """Measures the run's own model, with fresh weights, on the CPU.
+
+    Raises:
+        ValueError: the model cannot be built, or the batch cannot be dealt to `world` ranks.
+    """
+    model = build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
+    small, large = (_kept(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
+    per_sample = (large - small) / 2
+    share = config.train.global_batch // (config.train.micro_batch * world)
+    if share * config.train.micro_batch * world != config.train.global_batch:
+        raise ValueError(
+            f"--train.global_batch {config.train.global_batch} is not a multiple of --train.micro_batch "
+            f"{config.train.micro_batch} x {world} processes"
+        )
+    resident = min(max(1, config.train.resident), share)
+    activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Plan(parameters, max(activations, 0), loss_bytes(config, world), world, config.optim.ema > 0)
+
+
+def loss_bytes(config: RunConfig, world: int) -> int:
+    """Gathered features and their gradients, and the logits that exist at once with their gradient."""
+    batch, width, tile = config.train.global_batch, config.model.embed_dim, config.loss.tile
+    features = 4 * batch * width * 4
+    rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
+    columns = min(tile, batch) if config.loss.rows == "tiled" else batch
+    return features + 3 * rows * columns * 4
+
+
+def _kept(model: torch.nn.Module, rows: int, tokens: int, bf16: bool) -> int:
+    """Bytes that autograd keeps of a forward pass of `rows` samples; weights are not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = model.image_size
+    ids_BL = torch.zeros(rows, tokens, dtype=torch.int64)
+    images_BCHW = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+    batch = MicroBatch(images_BCHW, ids_BL, torch.ones_like(ids_BL), index=0, step=0, keys=[""] * rows)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        output = model([batch], [0])
+    del output
+    return sum(kept.values())

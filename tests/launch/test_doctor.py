@@ -1,0 +1,112 @@
+"""The doctor on real ranks, and its arithmetic against counts made by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import checks, memory
+from launch.findings import Finding, fail, ok, table, warn, worst
+from train.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]
+SMALL += ["--train.global_batch=8", "--train.micro_batch=4"]
+
+
+def doctor(*arguments: object, processes: int = 1) -> tuple[int, dict]:
+    launcher = ["launch.start", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(processes)]
+    launcher += ["--main_process_port", "0", "-m", "launch.doctor"]
+    command = [sys.executable, "-m", *launcher, "--json", *SMALL, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "x" * 40}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert "{" in done.stdout, done.stdout + done.stderr
+    return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def finding(report: dict, name: str) -> dict:
+    return next(found for found in report["findings"] if found["check"] == name)
+
+
+def test_two_ranks_are_examined_together(tmp_path):
+    status, report = doctor(f"--runs_dir={tmp_path}/runs", processes=2)
+    assert status == 0, report
+    assert report["status"] == "warn"
+    assert "2 ranks: all-reduce" in finding(report, "collectives")["measured"]
+    assert "between 2 ranks" in finding(report, "clock skew")["measured"]
+    assert finding(report, "runs directory")["status"] == "ok"
+    assert list((tmp_path / "runs").iterdir()) == [], "it leaves nothing behind"
+    assert finding(report, "W&B")["status"] == "ok"
+    assert "x" * 40 not in json.dumps(report)
+
+
+def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    status, report = doctor(f"--runs_dir={blocked}/runs", "--data.train=/nowhere", "--train.global_batch=6")
+    assert status == 1
+    for name, words in (
+        ("runs directory", "--runs_dir"),
+        ("data", "/nowhere"),
+        ("memory plan", "--train.global_batch 6"),
+    ):
+        found = finding(report, name)
+        assert found["status"] == "fail"
+        assert words in found["measured"] + found["remedy"]
+        assert found["remedy"]
+
+
+def test_worst_and_table():
+    findings = [ok("a", "1"), warn("long name", "2", "do this"), ok("c", "3")]
+    assert worst(findings) == "warn"
+    assert worst([*findings, fail("d", "4", "do that")]) == "fail"
+    assert worst([]) == "ok"
+    lines = table(findings).splitlines()
+    assert lines[0] == "ok    a          1"
+    assert lines[2].strip() == "-> do this"
+    assert lines[-1] == "2 ok, 1 warn, 0 fail"
+    assert Finding("a", "ok", "1") == ok("a", "1")
+
+
+def test_state_bytes_of_every_zero_stage():
+    plan = memory.Plan(parameters=1000, activations=0, loss=0, world=4, ema=False)
+    assert [plan.state(stage) for stage in range(4)] == [16_000, 10_000, 7_000, 4_000]
+    with_ema = memory.Plan(parameters=1000, activations=0, loss=0, world=4, ema=True)
+    assert with_ema.state(0) == 20_000
+    assert plan.smallest_stage(memory.RESERVE * 16_000) == 0
+    assert plan.smallest_stage(memory.RESERVE * 8_000) == 2
+    assert plan.smallest_stage(memory.RESERVE * 3_999) is None
+
+
+def test_activations_grow_with_the_resident_micro_batches():
+    config = RunConfig()
+    config.model.image.name, config.model.text.weights = "resnet18", "scratch"
+    config.data.image_size, config.data.max_tokens = 64, 16
+    config.train.global_batch, config.train.micro_batch = 64, 8
+    one = memory.plan(config, world=2, bf16=False)
+    config.train.resident = 4
+    four = memory.plan(config, world=2, bf16=False)
+    assert 3.5 < four.activations / one.activations < 4.5
+    config.model.image.checkpointing = config.model.text.checkpointing = True
+    assert memory.plan(config, world=2, bf16=False).activations < 0.6 * four.activations
+    with pytest.raises(ValueError, match=r"--train.global_batch 64 .* 8 x 3 processes"):
+        memory.plan(config, world=3, bf16=False)
+
+
+def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
+    config = RunConfig()
+    config.train.global_batch, config.model.embed_dim = 32_768, 512
+    config.loss.rows = "full"
+    full = memory.loss_bytes(config, world=1)
+    assert full == 4 * 32_768 * 512 * 4 + 3 * 32_768**2 * 4
+    config.loss.rows = "tiled"
+    assert memory.loss_bytes(config, world=1) < full / 20
+
+
+def test_gpu_and_driver_are_reported_here():
+    found = checks.devices()[0]
+    assert found.status == ("ok" if torch.cuda.is_available() else "warn")
