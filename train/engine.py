@@ -126,7 +126,7 @@ class Engine:
         """Parameters and buffers by name, on the CPU; a collective. Complete on rank 0, empty elsewhere."""
         keep = distributed.is_main()
         weights = {}
-        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
             value = self.full_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
             if keep:
                 weights[name] = value.detach().to("cpu", copy=True).contiguous()
@@ -139,6 +139,7 @@ class Engine:
         """
         if self.updates() == 0:
             return {}
+        self._link_zero_state()
         keep = distributed.is_main()
         moments = {}
         for name, parameter in self._trainable():
@@ -160,6 +161,7 @@ class Engine:
             return
         if self.zero_stage:
             self._create_zero_state()
+            self._link_zero_state()
             from deepspeed.utils import safe_set_full_optimizer_state
 
             for name, parameter in self._trainable():
@@ -190,6 +192,18 @@ class Engine:
         self.wrapped.step()
         for group, (lr, decay) in zip(groups, saved, strict=True):
             group["lr"], group["weight_decay"] = lr, decay
+
+    def _link_zero_state(self) -> None:
+        """Tell ZeRO-1 and 2's parameters where their moments are.
+
+        DeepSpeed 0.19 does so after the update of the first parameter group, when the others have no moments yet.
+        """
+        if self.zero_stage in (1, 2):
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            zero = self.wrapped.optimizer
+            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]

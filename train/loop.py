@@ -63,7 +63,7 @@ def train(run: Run) -> int:
     """The loop: fetch, step, account, and now and then evaluate and save."""
     config, engine, state, tracker = run.config, run.engine, run.state, run.tracker
     batches = iter(run.batches)
-    share = share_of(config)
+    share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
     clock = time.perf_counter()
     while state.step < run.steps:
         micro_batches = fetch(batches, share, engine.device)
@@ -208,22 +208,6 @@ def check(config: RunConfig) -> None:
         )
     if not config.data.train:
         raise ValueError("--data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
-
-
-def share_of(config: RunConfig) -> int:
-    """Micro-batches of a step that each process trains on.
-
-    Raises:
-        ValueError: they cannot be dealt evenly to the processes.
-    """
-    micro_batches, world = config.train.global_batch // config.train.micro_batch, distributed.world_size()
-    if micro_batches % world:
-        raise ValueError(
-            f"--train.global_batch {config.train.global_batch} has {micro_batches} micro-batches of "
-            f"--train.micro_batch {config.train.micro_batch}, which {world} processes cannot share evenly: "
-            f"choose a multiple of {config.train.micro_batch * world} as --train.global_batch, or other processes"
-        )
-    return micro_batches // world
 
 
 def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:

@@ -2,8 +2,8 @@
 
 The towers see a micro-batch at a time; the loss sees all B rows. Where a process keeps the activations of its whole
 share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph, the loss
-gives the gradient with respect to the features, and a second forward of each part carries it into the towers (GradCache,
-arXiv 2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
+gives the gradient with respect to the features, and a second forward of each part carries it into the towers
+(GradCache, arXiv 2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
 
 Shape suffixes: B global batch, b rows of this process, D embedding.
 """
@@ -52,12 +52,9 @@ def training_step(engine: Engine, micro_batches: Sequence[MicroBatch], config: R
         engine.backward(sum((output[name] * value).sum() for name, value in gradient.items()))
 
     grad_norm, applied = engine.step()
-    if applied:
-        count = config.train.global_batch // config.train.micro_batch
-        norm.update_running(engine.module, distributed.all_reduce_sum, count)
-    else:
-        norm.forget_recorded(engine.module)
-    scale = float(outputs[0]["logit_scale"])
+    count = config.train.global_batch // config.train.micro_batch
+    norm.update_running(engine.module, distributed.all_reduce_sum, count)
+    scale = float(outputs[0]["logit_scale"].detach())
     return {"loss": loss, "grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
 
 

@@ -1,0 +1,221 @@
+"""The gradient of one step under every engine, world size and accumulation, against one plain process.
+
+`python -m tests.benchmarks.exactness` prints the whole matrix; tests/train/test_exactness.py checks a part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.loader import MicroBatch
+from tests.distributed import run_distributed
+from train.config import RunConfig
+from train.step import micro_batch_seed
+
+ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
+LOSSES = ("full", "local", "tiled", "sigmoid")
+ZERO_CONFIG = {
+    "gradient_accumulation_steps": 1,
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_optimization": {"stage": 0},
+}
+BATCH = 64
+SIZE = 32  # pixels
+VOCABULARY = 64
+
+
+class Case(NamedTuple):
+    """One cell of the matrix."""
+
+    engine: str
+    world: int
+    accumulation: int
+    loss: str
+
+
+def make_config(text_tower: str, loss: str, **train: int) -> RunConfig:
+    """ResNet-18 with BatchNorm beside a BERT of two layers with dropout."""
+    config = RunConfig()
+    config.data.image_size, config.data.max_tokens = SIZE, 32
+    config.model.image.name = "resnet18"
+    config.model.text.name, config.model.text.weights = text_tower, "scratch"
+    config.model.embed_dim = 16
+    config.loss.kind = "sigmoid" if loss == "sigmoid" else "softmax"
+    config.loss.rows, config.loss.tile = ("tiled" if loss == "sigmoid" else loss), 5
+    config.optim.warmup_steps = 0
+    config.train.micro_batch = 4
+    for name, value in train.items():
+        setattr(config.train, name, value)
+    return config
+
+
+def write_text_tower(directory: str | Path) -> str:
+    """config.json of a small BERT with dropout; its weights are made from scratch."""
+    from transformers import BertConfig
+
+    BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    ).save_pretrained(directory)
+    return str(directory)
+
+
+def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:
+    """All micro-batches of one global batch: random images, and captions of several lengths."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batches = []
+    for index in range(config.train.global_batch // config.train.micro_batch):
+        rows, length = config.train.micro_batch, 8 * int(torch.randint(1, 3, (1,), generator=generator))
+        mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=generator)
+        batches.append(
+            MicroBatch(
+                torch.randint(0, 256, (rows, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+                torch.randint(0, VOCABULARY, (rows, length), generator=generator) * mask,
+                mask.long(),
+                index=index,
+                step=step,
+                keys=[f"{index}/{row}" for row in range(rows)],
+            )
+        )
+    return batches
+
+
+def plain_gradients(config: RunConfig) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one process that holds the whole batch, by the textbook formulas and one backward."""
+    from train.model import build_model
+
+    model = build_model(config, (0.5,) * 3, (0.25,) * 3)
+    batches = make_batch(config)
+    outputs = [model([batch], [micro_batch_seed(config.train.seed, 0, batch.index)]) for batch in batches]
+    image, text = (torch.cat([output[name] for output in outputs]) for name in ("image", "text"))
+    logits = outputs[0]["logit_scale"] * image @ text.T
+    size = len(logits)
+    if config.loss.kind == "sigmoid":
+        signs = 2 * torch.eye(size) - 1
+        loss = -F.logsigmoid(signs * (logits + outputs[0]["logit_bias"])).sum() / size
+    else:
+        labels = torch.arange(size)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def engine_environment(engine: str, directory: str | Path) -> dict[str, str]:
+    """What `accelerate launch` would set for this engine."""
+    if not engine.startswith("zero"):
+        return {}
+    path = Path(directory) / f"{engine}.json"
+    path.write_text(json.dumps(ZERO_CONFIG | {"zero_optimization": {"stage": int(engine[-1])}}))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+def worlds(engine: str) -> tuple[int, ...]:
+    """The world sizes that an engine is checked on."""
+    return (1,) if engine == "plain" else (1, 2, 4)
+
+
+def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = False) -> list[tuple[float, float, str]]:
+    """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
+    from train import distributed
+    from train.engine import Engine
+    from train.model import build_model
+    from train.step import training_step
+
+    class Capturing(Engine):
+        """Keeps the gradients and makes no update."""
+
+        def step(self) -> tuple[float, bool]:
+            self.gradients = {name: _whole_gradient(self, p) for name, p in self.module.named_parameters()}
+            if self.zero_stage:
+                self.wrapped.optimizer.zero_grad()
+                self.wrapped.optimizer.averaged_gradients = {}
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+            return 0.0, False
+
+    if sabotage:
+        _spread_scalars_wrongly()
+    accelerator = distributed.start()
+    results, engines, references = [], {}, {}
+    for case in cases:
+        config = make_config(text_tower, case.loss, global_batch=BATCH)
+        share = BATCH // config.train.micro_batch // case.world
+        config.train.resident = share // case.accumulation
+        if config.loss.kind not in engines:
+            references[config.loss.kind] = plain_gradients(config)
+            model = build_model(config, (0.5,) * 3, (0.25,) * 3)
+            engines[config.loss.kind] = Capturing(accelerator, model, config)
+        engine, (expected_loss, expected) = engines[config.loss.kind], references[config.loss.kind]
+        own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
+        loss = training_step(engine, own, config)["loss"]
+        errors = {name: relative_error(engine.gradients[name], expected[name]) for name in expected if counts(name)}
+        worst = max(errors, key=errors.get)
+        results.append((abs(loss - expected_loss) / expected_loss, errors[worst], worst))
+    return results
+
+
+def counts(parameter: str) -> bool:
+    """Not the biases of attention's keys: softmax does not see them, so their gradient is rounding noise about zero."""
+    return not parameter.endswith("attention.self.key.bias")
+
+
+def _whole_gradient(engine, parameter) -> Tensor:
+    if engine.zero_stage:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter).clone()
+    return parameter.grad.clone()
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, relative to the norm of what is expected."""
+    return float((value - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _spread_scalars_wrongly() -> None:
+    """Give every part of a step the whole gradient of the temperature, as naive accumulation does."""
+    from train import step
+
+    right = step.loss_gradients
+
+    def wrong(outputs, *arguments):
+        loss, gradients = right(outputs, *arguments)
+        for part in gradients:
+            part["logit_scale"] = part["logit_scale"] * len(outputs)
+        return loss, gradients
+
+    step.loss_gradients = wrong
+
+
+def run_cases(
+    engine: str, world: int, accumulations: Sequence[int], losses: Sequence[str], sabotage: bool = False
+) -> dict[Case, tuple[float, float, str]]:
+    """Per case the relative error of the loss, the largest relative error of a gradient, and its parameter."""
+    with tempfile.TemporaryDirectory() as directory:
+        text_tower = write_text_tower(directory)
+        cases = [Case(engine, world, steps, loss) for loss in losses for steps in accumulations]
+        if engine == "plain":  # a process without a group
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                ranks = [pool.submit(step_gradients, text_tower, cases, sabotage).result()]
+        else:
+            environment = engine_environment(engine, directory)
+            ranks = run_distributed(
+                step_gradients, world, text_tower, cases, sabotage, environment=environment, timeout=600
+            )
+    return {case: max((rank[i] for rank in ranks), key=lambda errors: errors[1]) for i, case in enumerate(cases)}

@@ -1,0 +1,174 @@
+"""The run as a user starts it: killed, stopped, gone on with, refused."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.train import running
+from tests.train.running import STEPS, curve, prepare, run, run_dir
+from tests.train.small import write_data
+from train import checkpoint, cli, loop
+from train.config import RunConfig
+from train.preemption import EXIT_PREEMPTED, SIGNALS
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of one process that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("straight")
+    config = prepare(directory)
+    run(config, directory)
+    return config, directory
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts the signal handlers back that a run inside this process replaces."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+def weights(config: RunConfig) -> bytes:
+    return (run_dir(config) / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_path: Path) -> None:
+    expected, _ = straight
+    config = prepare(tmp_path)
+    for step in (1, 4, 7):  # before the first checkpoint, right after one, two steps after one
+        process = running.start(running.command(config, tmp_path), tmp_path / "killed.log")
+        running.wait_for_step(config, step, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(config, tmp_path)
+    assert [step for step, _, _ in curve(config)] == list(range(1, STEPS + 1))
+    assert curve(config) == curve(expected)
+    assert weights(config) == weights(expected)
+    results = [json.loads((run_dir(c) / "results.json").read_text()) for c in (config, expected)]
+    assert results[0]["val"] == results[1]["val"]
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("zero2", 2)])
+def test_more_processes_make_the_same_curve(straight, tmp_path: Path, engine: str, processes: int) -> None:
+    expected, _ = straight
+    config = prepare(tmp_path)
+    run(config, tmp_path, engine=engine, processes=processes)
+    assert_same_curve(curve(config), curve(expected), 1e-4)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path: Path) -> None:
+    expected, _ = straight
+    config = prepare(tmp_path)
+    config.checkpoint.every = 100
+    process = running.start(running.command(config, tmp_path, engine="ddp", processes=2), tmp_path / "stopped.log")
+    running.wait_for_step(config, 2, process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == EXIT_PREEMPTED
+    stopped = [path.name for path in (run_dir(config) / "checkpoints").glob("step_*")]
+    assert len(stopped) == 1 and 2 <= int(stopped[0][5:]) < STEPS
+    run(config, tmp_path)  # with one process now
+    assert_same_curve(curve(config), curve(expected), 1e-4)
+
+
+def test_a_finished_run_says_so_and_does_not_train(straight, capfd, handlers) -> None:
+    config, _ = straight
+    before = (run_dir(config) / "metrics.jsonl").read_bytes()
+    assert loop.run(config) == 0
+    printed = capfd.readouterr().out
+    assert "is finished already" in printed and "R@10" in printed
+    assert (run_dir(config) / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_the_difference(straight, handlers) -> None:
+    config = cli.load(run_dir(straight[0]) / "config.yaml")
+    config.optim.lr, config.data.workers = 0.5, 3
+    with pytest.raises(ValueError, match=r"(?s)--name small.*optim\.lr: 0\.0003 -> 0\.5") as error:
+        loop.run(config)
+    assert "workers" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) -> None:
+    config, _ = straight
+    newest = checkpoint.newest(run_dir(config))
+    assert newest.name == f"step_{STEPS:08d}" and (newest.parent / "latest").read_text().strip() == newest.name
+    for name in (*checkpoint.FILES, "sha256.json"):
+        content = bytearray((newest / name).read_bytes())
+        damaged = content.copy()
+        damaged[len(damaged) // 2] ^= 1
+        (newest / name).write_bytes(damaged)
+        assert checkpoint.newest(run_dir(config)).name == "step_00000006", name
+        assert "is damaged" in capfd.readouterr().out
+        (newest / name).write_bytes(content)
+    assert checkpoint.newest(run_dir(config)) == newest
+
+
+def test_other_data_is_refused(straight, tmp_path: Path, handlers) -> None:
+    config = cli.load(run_dir(straight[0]) / "config.yaml")
+    results = run_dir(config) / "results.json"
+    content = results.read_text()
+    results.unlink()
+    try:
+        config.data.train = str(write_data(tmp_path / "other", (70,)))
+        with pytest.raises(ValueError, match="was trained on other data"):
+            loop.run(config)
+    finally:
+        results.write_text(content)
+        (run_dir(config) / "config.yaml").write_text(cli.to_yaml(straight[0]))
+
+
+def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path, handlers) -> None:
+    config = prepare(tmp_path, steps=2)
+    config.data.train = str(write_data(tmp_path / "bad", (64,), bad=(3, 17)))
+    config.data.val = ""
+    assert loop.run(config) == 0
+    records = [json.loads(line) for line in (run_dir(config) / "ledger.jsonl").read_text().splitlines()]
+    assert sorted(record["key"] for record in records) == ["0003", "0017"]  # one epoch: each of them once
+    assert all(record["cause"] and record["shard"] and record["replaced_by"] for record in records)
+
+    config = prepare(tmp_path, steps=4)
+    config.name, config.data.val = "worse", ""
+    config.data.train = str(write_data(tmp_path / "worse", (64,), bad=range(0, 64, 2)))
+    with pytest.raises(ValueError, match=r"--data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
+        loop.run(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_batch": 18}, r"--train\.global_batch 18 is not divisible by --train\.micro_batch 8: try .* 16"),
+        ({"global_batch": 400}, r"lower --train\.global_batch"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, handlers, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loop.run(prepare(tmp_path, **change))
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
+    config = prepare(tmp_path, micro_batch=32)
+    started = time.monotonic()
+    printed = run(config, tmp_path, engine="ddp", processes=2, status=2)
+    assert "--train.global_batch 32 cannot be dealt to 2 processes in micro-batches of --train.micro_batch 32" in printed
+    assert "Traceback" not in printed and time.monotonic() - started < 120
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capfd) -> None:
+    from train.__main__ import main
+
+    assert main(["--train.globalbatch", "16"]) == 2
+    printed = capfd.readouterr().err
+    assert "there is no field --train.globalbatch; did you mean --train.global_batch" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def assert_same_curve(curve: list, expected: list, tolerance: float) -> None:
+    assert [entry[:2] for entry in curve] == [entry[:2] for entry in expected]
+    for (step, _, loss), (_, _, wanted) in zip(curve, expected, strict=True):
+        assert abs(loss - wanted) <= tolerance * wanted, f"step {step}: {loss} instead of {wanted}"
