@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torchvision
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
 HUB_TIMEOUT_SECONDS = 5
+TEXT_REMEDY = (
+    "give a directory with its config.json and model.safetensors; --model.text.weights scratch needs the config.json "
+    "alone, and no file at all for bert-base-uncased"
+)
 
 
 def read_image_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -61,21 +67,32 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
     Raises:
         ValueError: the directory does not hold what is loaded, or the hub does not have it or cannot be reached.
     """
+    with _quiet():
+        try:
+            return load(name, local_files_only=True)
+        except Exception as error:  # each file format has its own kinds of damage
+            if Path(name).is_dir():
+                raise ValueError(f"--model.text.name {name}: cannot be loaded from this directory: {error}") from error
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"--model.text.name {name}: no such directory; {TEXT_REMEDY}")
+        try:
+            # One short question first: transformers retries for half a minute where there is no network.
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+            return load(name)
+        except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
+            problem = f"--model.text.name {name} cannot be had from the Hugging Face hub ({error})"
+            raise ValueError(f"{problem}; {TEXT_REMEDY}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and warnings, on every rank, about tensors that are left out on purpose."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return load(name, local_files_only=True)
-    except Exception as error:  # each file format has its own kinds of damage
-        if Path(name).is_dir():
-            raise ValueError(f"--model.text.name {name}: cannot be loaded from this directory: {error}") from error
-    remedy = "give a directory with config.json and model.safetensors, or --model.text.weights scratch"
-    if name in BUILT_IN_BERT:
-        remedy += " (needs no files for this name)"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model.text.name {name}: no such directory; {remedy}")
-    try:
-        # One short question first: transformers retries for half a minute where there is no network.
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-        return load(name)
-    except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
-        raise ValueError(
-            f"--model.text.name {name} cannot be had from the Hugging Face hub ({error}): {remedy}"
-        ) from error
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

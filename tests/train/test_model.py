@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import MicroBatch
 from tests.distributed import run_distributed
-from train import norm
+from train import cli, norm
 from train.config import RunConfig
 from train.distributed import all_reduce_sum, rank, world_size
 from train.model import PairModel, build_model
+from train.optim import build_optimizer, set_lrs
 
+ROOT = Path(__file__).parents[2]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
@@ -41,13 +44,13 @@ def config(text_tower) -> RunConfig:
     return small_config(text_tower)
 
 
-def make_batches(count: int, rows: int = 3) -> list[MicroBatch]:
+def make_batches(count: int, rows: int = 3, size: int = 32) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(2)
     batches = []
     for index in range(count):
         length = 8 * (1 + index % 2)
         mask = torch.arange(length) < torch.randint(2, length + 1, (rows, 1), generator=generator)
-        images = torch.randint(0, 256, (rows, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        images = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
         ids = torch.randint(1, 50, (rows, length), generator=generator) * mask
         batches.append(MicroBatch(images, ids, mask.long(), index=index, step=0, keys=[""] * rows))
     return batches
@@ -244,6 +247,26 @@ def test_captions_longer_than_the_text_towers_positions_are_refused(config):
     config.data.max_tokens = 33
     with pytest.raises(ValueError, match=r"--data\.max_tokens 33 is more than the 32 positions"):
         build_model(config, MEAN, STD)
+
+
+def test_the_original_recipe_takes_a_step():
+    scratch = ["--model.image.weights", "scratch", "--model.text.weights", "scratch"]
+    config = cli.parse(["--config", str(ROOT / "train/configs/seed.yaml"), *scratch, "--train.global_batch", "4"])
+    model = build_model(config, MEAN, STD)
+    shapes = [tuple(projection.weight.shape) for projection in (model.image_projection, model.text_projection)]
+    assert shapes == [(768, 2048), (768, 768)] and model.text_projection.bias is not None
+    # ResNet-50 without its classifier, BERT-base without its pooler, two linear layers, the scale.
+    expected = (25_557_032 - 2049 * 1000) + (109_482_240 - 769 * 768) + 2049 * 768 + 769 * 768 + 1
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    optimizer = build_optimizer(model, config)
+    set_lrs(optimizer, config.optim.warmup_steps, 10_000, config.optim)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    outputs = model(make_batches(1, rows=4, size=224), [0])
+    logits = outputs["logit_scale"] * outputs["image"] @ outputs["text"].T
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all() and not torch.equal(parameter, before[name]), name
 
 
 def synchronized_features(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -283,14 +283,13 @@ def test_text_towers_that_cannot_be_built(tmp_path, bert):
             TextTower(TextTowerConfig(name=str(name), **options))
         assert f"--model.text.name {name}" in str(caught.value)
 
-    refused(tmp_path / "nowhere", "no such directory; give a directory with config.json")
+    refused(tmp_path / "nowhere", "no such directory; give a directory with its config.json")
     refused(tmp_path, "cannot be loaded from this directory")
     for config in (transformers.GPT2Config(), transformers.T5Config(), transformers.ViTConfig()):
         config.save_pretrained(tmp_path)
         refused(tmp_path, "use an encoder of the BERT family", weights="scratch")
-
     FAMILY["bert"].save_pretrained(tmp_path)
-    refused(tmp_path, "cannot be loaded from this directory")  # a config without weights
+    refused(tmp_path, "cannot be loaded from this directory")  # has no weights
     state = transformers.BertModel.from_pretrained(bert).state_dict()
     save_file({k: v for k, v in state.items() if "layer.1.output.dense" not in k}, tmp_path / "model.safetensors")
     refused(tmp_path, r"lacks 2 tensors of BertModel \(encoder.layer.1.output.dense.bias")
