@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -166,7 +167,8 @@ def shared_files(config: RunConfig) -> list[Finding]:
     if unseen and not problem:
         problem = f"{socket.gethostname()} does not see the file of rank {unseen[0]}"
     problems = distributed.broadcast_object(distributed.gather_objects(problem))
-    own.unlink(missing_ok=True)
+    with suppress(OSError):  # never written
+        own.unlink()
     if any(problems):
         text = next(filter(None, problems))
         return [

@@ -17,10 +17,10 @@ FLOORS = {
     5: ["train.loop"],
     4: [
         "train." + name
-        for name in ("step", "engine", "evaluate", "checkpoint", "tracking", "report", "export", "rundir")
+        for name in ("step", "engine", "evaluate", "checkpoint", "tracking", "report", "export", "rundir", "ema")
     ],
-    3: ["train." + name for name in ("model", "loss", "balance", "optim")] + ["data_pipeline.loader"],
-    2: ["train." + name for name in ("towers", "norm", "multiscale", "cli")],
+    3: ["train." + name for name in ("model", "loss", "optim")] + ["data_pipeline.loader"],
+    2: ["train." + name for name in ("towers", "norm", "cli")],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
 }
@@ -30,6 +30,8 @@ PARTS = {
     "train.towers": ["train.pretrained"],
     "train.evaluate": ["train.features", "train.retrieval", "train.zeroshot", "train.probe"],
     "train.tracking": ["train.history"],
+    "train.report": ["train.plots", "train.gallery"],
+    "train.engine": ["train.ema"],
 }
 WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
 # Within floor 3: parameter groups are those of the model. Within 4: the engine is what a step and a checkpoint are
@@ -37,7 +39,9 @@ WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
 STAIRS = {
     ("train.optim", "train.model"),
     ("train.step", "train.engine"),
+    ("train.ema", "train.engine"),
     ("train.checkpoint", "train.engine"),
+    ("train.checkpoint", "train.ema"),
     ("train.evaluate", "train.checkpoint"),
 }
 # Packages that only these modules may import.

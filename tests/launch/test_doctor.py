@@ -16,6 +16,17 @@ from train.config import RunConfig
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]
 SMALL += ["--train.global_batch=8", "--train.micro_batch=4"]
+BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT |= {"intermediate_size": 64, "vocab_size": 100}
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A directory with the architecture of a tiny text tower."""
+    directory = tmp_path / "bert"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(BERT))
+    return directory
 
 
 def doctor(*arguments: object, processes: int = 1) -> tuple[int, dict]:
@@ -32,8 +43,8 @@ def finding(report: dict, name: str) -> dict:
     return next(found for found in report["findings"] if found["check"] == name)
 
 
-def test_two_ranks_are_examined_together(tmp_path):
-    status, report = doctor(f"--runs_dir={tmp_path}/runs", processes=2)
+def test_two_ranks_are_examined_together(tmp_path, bert):
+    status, report = doctor(f"--model.text.name={bert}", f"--runs_dir={tmp_path}/runs", processes=2)
     assert status == 0, report
     assert report["status"] == "warn"
     assert "2 ranks: all-reduce" in finding(report, "collectives")["measured"]
@@ -44,10 +55,11 @@ def test_two_ranks_are_examined_together(tmp_path):
     assert "x" * 40 not in json.dumps(report)
 
 
-def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path):
+def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
-    status, report = doctor(f"--runs_dir={blocked}/runs", "--data.train=/nowhere", "--train.global_batch=6")
+    wrong = ("--data.train=/nowhere", "--train.global_batch=6")
+    status, report = doctor(f"--model.text.name={bert}", f"--runs_dir={blocked}/runs", *wrong)
     assert status == 1
     for name, words in (
         ("runs directory", "--runs_dir"),
@@ -82,9 +94,9 @@ def test_state_bytes_of_every_zero_stage():
     assert plan.smallest_stage(memory.RESERVE * 3_999) is None
 
 
-def test_activations_grow_with_the_resident_micro_batches():
+def test_activations_grow_with_the_resident_micro_batches(bert):
     config = RunConfig()
-    config.model.image.name, config.model.text.weights = "resnet18", "scratch"
+    config.model.image.name, config.model.text.name, config.model.text.weights = "resnet18", str(bert), "scratch"
     config.data.image_size, config.data.max_tokens = 64, 16
     config.train.global_batch, config.train.micro_batch = 64, 8
     one = memory.plan(config, world=2, bf16=False)

@@ -84,19 +84,23 @@ def test_the_real_time_limit_requeues(cluster, tmp_path):
 @pytest.mark.slow
 def test_a_lost_node_has_the_job_go_on_with_the_other(cluster, tmp_path):
     """The daemon of a node and all of its processes die at once; the job asked for one to two nodes."""
-    job = cluster.submit("--nodes=1-2", f"--output={tmp_path}/out", arguments=counting(tmp_path, 10**9))
+    options = ("--nodes=1-2", "--export=ALL,DUET_RETRY_AFTER=1,DUET_STEP_WAIT=20", f"--output={tmp_path}/out")
+    job = cluster.submit(*options, arguments=counting(tmp_path, 10**9))
     wait_for(lambda: len(steps(tmp_path)) > 3, "steps", 120)
     assert steps(tmp_path)[-1][1] == 2
     lost = [psutil.Process(cluster.daemons["slurmd-n2"].pid)]
     lost += [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("SLURMD_NODENAME") == "n2"]
     for process in lost:
         process.send_signal(signal.SIGKILL)
-    wait_for(lambda: cluster.field(job, "Restarts") == "1", "requeue after the loss", 180)
-    before = len(steps(tmp_path))
-    cluster.start_now(job)
-    wait_for(lambda: len(steps(tmp_path)) > before + 3, "steps on the other node", 120)
-    assert steps(tmp_path)[-1][1] == 1
-    cluster.start_node("n2")
+    try:
+        wait_for(lambda: cluster.field(job, "Restarts") == "1", "requeue after the loss", 180)
+        before = len(steps(tmp_path))
+        wait_for(lambda: "n2" not in cluster.idle(), "notice of the loss", 90)
+        cluster.start_now(job)
+        wait_for(lambda: len(steps(tmp_path)) > before + 3, "steps on the other node", 120)
+        assert steps(tmp_path)[-1][1] == 1
+    finally:
+        cluster.start_node("n2")
 
 
 @pytest.fixture
