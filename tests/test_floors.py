@@ -16,10 +16,9 @@ FLOORS = {
     6: ["train.__main__", "data_pipeline.__main__"],
     5: ["train.loop"],
     4: [
-        "train." + name
-        for name in ("step", "engine", "evaluate", "checkpoint", "tracking", "report", "export", "rundir", "ema")
+        "train." + name for name in ("step", "engine", "evaluate", "checkpoint", "tracking", "report", "rundir", "ema")
     ],
-    3: ["train." + name for name in ("model", "loss", "optim")] + ["data_pipeline.loader"],
+    3: ["train." + name for name in ("model", "loss", "optim", "retrieval", "history")] + ["data_pipeline.loader"],
     2: ["train." + name for name in ("towers", "norm", "cli")],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
@@ -28,10 +27,8 @@ FLOORS = {
 PARTS = {
     "train.loss": ["train.loss_tiled"],
     "train.towers": ["train.pretrained"],
-    "train.evaluate": ["train.features", "train.retrieval", "train.zeroshot", "train.probe"],
-    "train.tracking": ["train.history"],
+    "train.evaluate": ["train.features", "train.zeroshot", "train.probe"],
     "train.report": ["train.plots", "train.gallery"],
-    "train.engine": ["train.ema"],
 }
 WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
 # Within floor 3: parameter groups are those of the model. Within 4: the engine is what a step and a checkpoint are
@@ -39,8 +36,8 @@ WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
 STAIRS = {
     ("train.optim", "train.model"),
     ("train.step", "train.engine"),
-    ("train.ema", "train.engine"),
     ("train.checkpoint", "train.engine"),
+    ("train.ema", "train.engine"),
     ("train.checkpoint", "train.ema"),
     ("train.evaluate", "train.checkpoint"),
 }
