@@ -2,6 +2,7 @@
 
     checkpoints/step_00000500/   model.safetensors      parameters and buffers, fp32, by name
                                  optimizer.safetensors  AdamW's moments, by parameter name
+                                 ema.safetensors        moving average of the weights, where there is one
                                  state.json             TrainState, the data's hash, versions
                                  config.yaml            the resolved configuration
                                  sha256.json            hash of each of the files above
@@ -25,11 +26,12 @@ from safetensors.torch import load_file, save_file
 
 from train import cli, distributed
 from train.config import RunConfig
+from train.ema import WeightAverage
 from train.engine import Engine
 from train.model import PairModel, build_model
 
 FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "config.yaml")
 
 
 @dataclass
@@ -58,7 +60,7 @@ class TrainState:
     """Channel standard deviations that images are normalized with, 0 to 1."""
 
 
-def save(run_dir: Path, engine: Engine, state: TrainState, config: RunConfig) -> Path:
+def save(run_dir: Path, engine: Engine, average: WeightAverage, state: TrainState, config: RunConfig) -> Path:
     """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
 
     Raises:
@@ -66,11 +68,15 @@ def save(run_dir: Path, engine: Engine, state: TrainState, config: RunConfig) ->
     """
     target = _root(run_dir) / f"step_{state.step:08d}"
     state.updates = engine.updates()
-    weights, moments = engine.weights(), engine.moments()
+    tensors = {
+        "model.safetensors": engine.weights(),
+        "optimizer.safetensors": engine.moments(),
+        "ema.safetensors": average.state(),
+    }
     problem = None
     if distributed.is_main():
         try:
-            _write(target, weights, moments, state, config)
+            _write(target, tensors, state, config)
             _prune(run_dir, config.checkpoint.keep)
         except OSError as error:
             problem = f"checkpoint {target} could not be written: {error}; free or mend the disk and start again"
@@ -117,18 +123,19 @@ def load_state(path: Path) -> TrainState:
     return TrainState(**content["state"])
 
 
-def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Put a checkpoint's weights into a model; before it is prepared, since ZeRO copies them then."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+def load_weights(path: Path, model: torch.nn.Module, averaged: bool = False) -> None:
+    """Put a checkpoint's weights into a model, or their average; before it is prepared, since ZeRO copies them then."""
+    model.load_state_dict(load_file(path / ("ema.safetensors" if averaged else "model.safetensors")))
 
 
-def load_optimizer(path: Path, engine: Engine, state: TrainState) -> None:
-    """Put a checkpoint's moments into a prepared engine; a collective."""
+def load_prepared(path: Path, engine: Engine, average: WeightAverage, state: TrainState) -> None:
+    """Put a checkpoint's moments and averages into a prepared engine; a collective."""
     engine.load_moments(load_file(path / "optimizer.safetensors"), state.updates)
+    average.load(load_file(path / "ema.safetensors"))
 
 
 def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
-    """The newest model of a run, on the CPU in evaluation mode, and its configuration.
+    """The newest model of a run, on the CPU in evaluation mode, and its configuration; averaged, where `optim.ema` is.
 
     Args:
         run_dir: a run directory, or one of its checkpoints.
@@ -145,7 +152,7 @@ def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
         raise ValueError(f"--run {run_dir}: the checkpoint is damaged ({damage})")
     config, state = cli.load(path / "config.yaml"), load_state(path)
     model = build_model(config, state.mean, state.std, pretrained=False)
-    load_weights(path, model)
+    load_weights(path, model, averaged=config.optim.ema > 0)
     return model.eval(), config
 
 
@@ -158,12 +165,12 @@ def _complete(run_dir: Path) -> list[Path]:
     return sorted((p for p in _root(run_dir).glob("step_????????") if p.is_dir()), reverse=True)
 
 
-def _write(target: Path, weights: dict, moments: dict, state: TrainState, config: RunConfig) -> None:
+def _write(target: Path, tensors: dict[str, dict], state: TrainState, config: RunConfig) -> None:
     temporary = target.with_name(f".{target.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(weights, temporary / "model.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
+    for name, content in tensors.items():
+        save_file(content, temporary / name)
     content = {"format": FORMAT, "state": asdict(state), "torch": str(torch.__version__)}
     (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     (temporary / "config.yaml").write_text(cli.to_yaml(config))

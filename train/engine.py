@@ -102,12 +102,10 @@ class Engine:
         value = self.full_parameter(parameter)
         if low <= value.item() <= high:
             return
+        value = value.clamp(low, high)
+        self._set_parameter(parameter, value)
         if self.zero_stage:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(parameter, value.clamp(low, high))
-        if self.zero_stage != 3:
-            parameter.data.clamp_(low, high)
+            self._set_master(parameter, value)
 
     def set_lrs(self, step: int, total: int) -> dict[str, float]:
         """Set every group's learning rate for this step; returns the rate of each tower."""
@@ -131,6 +129,12 @@ class Engine:
             if keep:
                 weights[name] = value.detach().to("cpu", copy=True).contiguous()
         return weights
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put whole values into the prepared model's parameters, not into the optimizer's copies; a collective."""
+        for name, parameter in self.module.named_parameters():
+            self._set_parameter(parameter, weights[name].to(self.device))
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's moments as "<parameter>.exp_avg" and "<parameter>.exp_avg_sq", on the CPU; a collective.
@@ -162,12 +166,9 @@ class Engine:
         if self.zero_stage:
             self._create_zero_state()
             self._link_zero_state()
-            from deepspeed.utils import safe_set_full_optimizer_state
-
             for name, parameter in self._trainable():
                 for key in MOMENTS:
-                    value = moments[f"{name}.{key}"].to(self.device).view(parameter_shape(parameter))
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    self._set_master(parameter, moments[f"{name}.{key}"].to(self.device), key)
             for state in self._inner().state.values():
                 state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(updates))
             return
@@ -205,6 +206,36 @@ class Engine:
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
 
+    @torch.no_grad()
+    def _set_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Put a whole value into the module's parameter, which is not the copy that ZeRO's optimizer updates."""
+        if self.zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if distributed.is_main():
+                    parameter.copy_(value)
+        else:
+            parameter.copy_(value)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Put a whole value into the weight that ZeRO's optimizer updates, or into a moment of it."""
+        from deepspeed import utils
+
+        if self.zero_stage == 3:
+            # Cut into parts here: DeepSpeed 0.19 fails to where a parameter does not divide by the world size.
+            size = parameter.partition_numel()
+            parts = nn.functional.pad(value.flatten(), (0, size * distributed.world_size() - value.numel())).split(size)
+            part = parts[distributed.rank()]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
@@ -218,8 +249,3 @@ class Engine:
 
             return safe_get_full_optimizer_state(parameter, key)
         return self._inner().state[parameter][key]
-
-
-def parameter_shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter, also where ZeRO-3 holds a part of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -18,6 +18,7 @@ from data_pipeline.transforms import normalization
 from train import checkpoint, distributed, rundir
 from train.checkpoint import TrainState
 from train.config import RunConfig
+from train.ema import WeightAverage
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate, table
 from train.model import build_model
@@ -34,6 +35,7 @@ class Run:
     config: RunConfig
     directory: Path
     engine: Engine
+    average: WeightAverage
     state: TrainState
     steps: int
     batches: Iterable[MicroBatch]
@@ -70,6 +72,7 @@ def train(run: Run) -> int:
         waited = time.perf_counter() - clock
         lrs = engine.set_lrs(state.step, run.steps)
         metrics = training_step(engine, micro_batches, config)
+        run.average.update()
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         stopping, digest = account(run, micro_batches, metrics, seconds)
@@ -81,7 +84,7 @@ def train(run: Run) -> int:
         if run.val is not None and not done and due(state.step, config.eval.every):
             tracker.log(state.step, held_out(run).metrics, prefix="val/")
         if done or stopping or due(state.step, config.checkpoint.every):
-            checkpoint.save(run.directory, engine, state, config)
+            checkpoint.save(run.directory, engine, run.average, state, config)
         if stopping and not done:
             tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
             return EXIT_PREEMPTED
@@ -174,8 +177,9 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
             )
         checkpoint.load_weights(found, model)
     engine = Engine(accelerator, model, config)
+    average = WeightAverage(engine, config.optim.ema)
     if found is not None:
-        checkpoint.load_optimizer(found, engine, state)
+        checkpoint.load_prepared(found, engine, average, state)
 
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     batches = train_loader(
@@ -195,7 +199,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=steps)
     if found is not None:
         tracker.message(f"going on from {found}")
-    return Run(config, directory, engine, state, steps, batches, tokenizer, val, tracker, stop)
+    return Run(config, directory, engine, average, state, steps, batches, tokenizer, val, tracker, stop)
 
 
 def check(config: RunConfig) -> None:
@@ -216,9 +220,10 @@ def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> li
 
 
 def held_out(run: Run) -> Evaluation:
-    """Retrieval on the held-out data with the weights of now."""
-    accelerator = run.engine.accelerator
-    return evaluate(run.engine.module, run.config, run.tokenizer, run.val, autocast=accelerator.autocast)
+    """Retrieval on the held-out data with the weights of now, or their average where `optim.ema` is set."""
+    engine = run.engine
+    with run.average.applied():
+        return evaluate(engine.module, run.config, run.tokenizer, run.val, autocast=engine.accelerator.autocast)
 
 
 def due(step: int, every: int) -> bool:
