@@ -6,6 +6,7 @@ Parameters, gradients and optimizer state are fp32 in every engine; bf16 is auto
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,15 @@ class Engine:
         optimizer = optim.build_optimizer(model, config)
         if self.zero_stage:
             distributed.deepspeed_config(accelerator, config.train.micro_batch, config.optim.clip_grad)
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        if self.zero_stage or accelerator.num_processes > 1:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+            # Said of 1 x 1 convolutions, whose strides differ in name only.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        else:  # "evaluation" leaves out DDP, which Accelerate would put around one process as well
+            self.wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.module = accelerator.unwrap_model(self.wrapped)
 
     def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:

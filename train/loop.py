@@ -86,6 +86,7 @@ def train(run: Run) -> int:
         if done or stopping or due(state.step, config.checkpoint.every):
             checkpoint.save(run.directory, engine, run.average, state, config)
         if stopping and not done:
+            run.stop.ignore_further()
             tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
             return EXIT_PREEMPTED
         clock = time.perf_counter()

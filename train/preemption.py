@@ -24,6 +24,11 @@ class StopRequest:
         for name in SIGNALS:
             signal.signal(getattr(signal, name), self._receive)
 
+    def ignore_further(self) -> None:
+        """Before leaving: Python drops handlers while it exits, and a late signal would replace the exit status."""
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.name == "SIGINT" and number == signal.SIGINT:
             sys.exit(130)
