@@ -167,13 +167,15 @@ class WandbRun:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        problem = "" if mode == "offline" else why_offline(wandb.Settings().base_url)
+        problem = "" if mode == "offline" else why_offline(wandb.setup().settings.base_url, wandb.Settings().base_url)
         mode = "offline" if mode == "offline" or problem else "online"
         wanted = {
             "silent": True,
             "console": "off",
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
+            # Seconds; what a kill -9 of the whole job can cost of an offline run.
+            "x_transaction_log_flush_interval": 1.0,
             "disable_code": True,
             "disable_git": True,
             # What W&B records of the machine includes the command line.
@@ -217,9 +219,9 @@ class WandbRun:
             self.say(f"W&B {what}, training goes on without it: {_first_line(error)}")
 
 
-def why_offline(base_url: str) -> str:
+def why_offline(base_url: str, hosted: str = "") -> str:
     """Why W&B at `base_url` cannot be used; empty where it can. Asks nobody; takes REACH_SECONDS at most."""
-    if not has_key(base_url):
+    if not has_key(base_url, hosted):
         return "no API key is configured (wandb login)"
     answers = []
 
@@ -240,8 +242,12 @@ def why_offline(base_url: str) -> str:
     return "" if answers else f"{urlsplit(base_url).netloc} does not answer"
 
 
-def has_key(base_url: str) -> bool:
-    """Whether W&B finds a key without asking: in WANDB_API_KEY, an identity token file, or the netrc file."""
+def has_key(base_url: str, hosted: str = "") -> bool:
+    """Whether W&B finds a key without asking: in WANDB_API_KEY, an identity token file, or the netrc file.
+
+    Args:
+        hosted: the address of the hosted service, whose keys may also stand under its older name.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
@@ -250,9 +256,8 @@ def has_key(base_url: str) -> bool:
         hosts = netrc.netrc(path).hosts if path else {}
     except (OSError, netrc.NetrcParseError):
         return False
-    # The hosted service has several names.
-    ours = {urlsplit(base_url).netloc} | ({"api.wandb.ai"} if "WANDB_BASE_URL" not in os.environ else set())
-    return any(host in hosts for host in ours)
+    ours = [urlsplit(base_url).netloc] + ["api.wandb.ai"] * (base_url == hosted)
+    return any(hosts[host][2] for host in ours if host in hosts)
 
 
 def hide(value: Any, name: str = "") -> Any:
