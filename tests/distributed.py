@@ -24,7 +24,7 @@ def run_distributed(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120,
+    timeout: float = 300,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """fn(*args) in `world_size` spawned processes; returns each rank's result, in rank order.

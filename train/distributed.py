@@ -10,7 +10,7 @@ b: rows of this rank, B: rows of all ranks, D: features.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +103,15 @@ def deepspeed_config(accelerator: Accelerator, micro_batch: int, clip_grad: floa
     config["train_batch_size"] = int(micro_batch) * world_size()
     # Offloaded optimizer states are stepped by the same AdamW as everywhere, which needs no compiler.
     config["zero_force_ds_cpu_optimizer"] = False
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager:
+    """The run's precision for a forward pass of the bare module, which DeepSpeed casts in its own wrapper only."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return accelerator.autocast()
+    enabled = plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
 
 
 def check_world_size(launcher: Launcher | None = None) -> None:

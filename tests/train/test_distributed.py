@@ -127,6 +127,8 @@ def deepspeed_step(clip_grad):
     dtypes = {str(p.dtype) for p in model.parameters()} | {str(g.dtype) for g in gradients.values()}
     with torch.no_grad():
         after = engine(inputs(9))
+        with distributed.autocast(accelerator):
+            assert torch.equal(accelerator.unwrap_model(engine)(inputs(9)), after)
     return str(accelerator.distributed_type.value), str(model.dtype), dtypes, gradients, parameters, after
 
 
