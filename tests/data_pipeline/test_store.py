@@ -160,7 +160,7 @@ def start(count, target, *arguments):
 
 def exit_codes(processes):
     for process in processes:
-        process.join(60)
+        process.join(300)
     return sorted(process.exitcode for process in processes)
 
 
