@@ -3,7 +3,7 @@
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,10 +18,16 @@ from train.config import RunConfig
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 220, 20)}
 
 
-def write_data(directory: Path, sizes: Sequence[int], bad: Sequence[int] = (), classes: bool = True) -> Path:
+def write_data(
+    directory: Path,
+    sizes: Sequence[int],
+    bad: Sequence[int] = (),
+    classes: bool = True,
+    draw: Callable[[int], bytes] | None = None,
+) -> Path:
     """Shards of sizes[i] samples: coloured pictures, one to three captions each, class = number of the colour.
 
-    bad: numbers of samples whose image cannot be read.
+    bad: numbers of samples whose image cannot be read. draw: makes other pictures, from the number.
     """
     number, paths = 0, []
     for shard, size in enumerate(sizes):
@@ -31,7 +37,7 @@ def write_data(directory: Path, sizes: Sequence[int], bad: Sequence[int] = (), c
                 captions = [f"{name} no. {number}" for name in ("picture", "drawing", "heart")[: 1 + number % 3]]
                 captions[0] = f"the {list(COLOURS)[label]} {captions[0]}"
                 members = {"json": json.dumps({"captions": captions}).encode()}
-                members["png"] = b"no picture" if number in bad else picture(number)
+                members["png"] = b"no picture" if number in bad else (draw or picture)(number)
                 if classes:
                     members["cls"] = str(label).encode()
                 writer.write(f"{number:04d}", members)
@@ -49,6 +55,14 @@ def picture(number: int) -> bytes:
     image.putdata([tuple(min(255, part + chance.randrange(60)) for part in colour) for _ in range(16)])
     buffer = io.BytesIO()
     image.resize((40, 36), Image.Resampling.NEAREST).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def rich_picture(number: int) -> bytes:
+    """Noise of every brightness and colour, as PNG: BatchNorm sees no flat areas, which would amplify rounding."""
+    pixels = random.Random(number).randbytes(12 * 12 * 3)
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (12, 12), pixels).resize((72, 72), Image.Resampling.BICUBIC).save(buffer, "png")
     return buffer.getvalue()
 
 

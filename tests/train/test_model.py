@@ -186,12 +186,12 @@ def test_the_sigmoid_loss_gets_a_bias_and_starts_where_siglip_does(config):
     assert model.logit_bias.grad.tolist() == [1]
 
 
-def test_clamp(config):
+def test_the_range_of_the_scale_is_that_of_the_config(config):
+    config.model.max_logit_scale = 50
     model = build_model(config, MEAN, STD)
-    for value, expected in ((-0.5, 0.0), (2.0, 2.0), (9.0, math.log(100))):
-        model.log_scale.data.fill_(value)
-        model.clamp_()
-        assert model.log_scale.item() == pytest.approx(expected)
+    assert model.log_scale_range == pytest.approx((0.0, math.log(50)))
+    model.log_scale.data.fill_(model.log_scale_range[1])
+    assert model(make_batches(1), [0])["logit_scale"].item() == pytest.approx(50)
 
 
 def test_fresh_weights_are_a_function_of_the_seed(config):
