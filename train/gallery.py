@@ -7,6 +7,7 @@ Shape suffixes: N images, M texts, I items of either kind, D embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,7 +185,8 @@ def _elide(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return line.rstrip() + "…"
 
 
+@cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font that comes with matplotlib, so that pictures look the same everywhere."""
-    path = font_manager.findfont(font_manager.FontProperties("DejaVu Sans", weight="bold" if bold else "normal"))
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal"))
     return ImageFont.truetype(path, size)

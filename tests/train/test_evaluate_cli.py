@@ -1,0 +1,112 @@
+"""`python -m train.evaluate` on a run that was really trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train import running
+from tests.train.small import COLOURS, write_data
+from train.config import RunConfig
+
+SCRIPT = """
+import contextlib, io, json, sys
+from train import evaluate
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = evaluate.main(arguments)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, RunConfig, dict[str, tuple[int, str, str]]]:
+    """A finished run, and status, output and errors of several commands on it."""
+    directory = tmp_path_factory.mktemp("run")
+    config = running.prepare(directory, steps=2)
+    running.run(config, directory)
+    run_dir = running.run_dir(config)
+    names, unlabelled = directory / "names.txt", write_data(directory / "unlabelled", (4,), classes=False)
+    names.write_text("\n".join(COLOURS) + "\n")
+    (directory / "two.txt").write_text("red\ngreen\n")
+    commands = {
+        "retrieval": ["--json"],
+        "table": ["--task", "retrieval"],
+        "other data": ["--data", str(unlabelled), "--json", "--workers", "1"],
+        "zeroshot": ["--task", "zeroshot", "--classnames", str(names), "--json"],
+        "probe": ["--task", "probe", "--fit", config.data.train, "--json"],
+        "probe alone": ["--task", "probe", "--data", config.data.train],
+        "no names": ["--task", "zeroshot"],
+        "few names": ["--task", "zeroshot", "--classnames", str(directory / "two.txt")],
+        "no classes": ["--task", "probe", "--data", str(unlabelled)],
+        "no data": ["--data", str(directory / "nowhere")],
+    }
+    arguments = [["--run", str(run_dir), *options] for options in commands.values()]
+    arguments.append(["--run", str(directory / "nowhere")])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
+        cwd=running.ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    return run_dir, config, dict(zip([*commands, "no run"], results, strict=True))
+
+
+def metrics(finished, name: str) -> dict:
+    status, out, err = finished[2][name]
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_retrieval_by_hand_is_what_the_run_has_found(finished):
+    found = metrics(finished, "retrieval")
+    assert found.pop("task") == "retrieval" and found.pop("run") == str(finished[0])
+    assert found == json.loads((finished[0] / "results.json").read_text())["val"]
+    assert found["n_images"] == 12
+
+
+def test_without_json_there_is_a_table(finished):
+    status, out, _ = finished[2]["table"]
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["held-out", "R@1", "R@5", "R@10", "median", "mean", "12"]
+
+
+def test_other_data(finished):
+    assert metrics(finished, "other data")["n_images"] == 4
+
+
+def test_zeroshot(finished):
+    found = metrics(finished, "zeroshot")
+    assert (found["n_images"], found["n_classes"], found["chance_top1"]) == (12, 4, 25)
+    assert 0 <= found["top1"] <= found["top5"] <= 100
+
+
+def test_probe(finished):
+    found = metrics(finished, "probe")
+    assert (found["n_fit"], found["n_images"], found["n_classes"]) == (70, 12, 4)
+    status, out, _ = finished[2]["probe alone"]
+    alone = {name: float(value) for name, value in map(str.split, out.splitlines())}
+    assert status == 0 and alone["n_fit"] + alone["n_images"] == 70
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no names", "--task zeroshot needs --classnames FILE"),
+        ("few names", "--classnames: sample part-000000.tar/0002 has class '2', not one of the 2 listed"),
+        ("no classes", "sample part-000000.tar/0000 has no class"),
+        ("no data", "nowhere"),
+        ("no run", "nowhere: there is no complete checkpoint"),
+    ],
+)
+def test_mistakes_are_named(finished, name, words):
+    status, out, err = finished[2][name]
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and words in err and "Traceback" not in err
