@@ -30,7 +30,7 @@ from data_pipeline.manifest import (
     load_manifest,
     write_manifest,
 )
-from data_pipeline.parallel import cores, run_parallel
+from data_pipeline.parallel import cores, positive, run_parallel
 from data_pipeline.shards import read_index
 from data_pipeline.statistics import merge_statistics, shard_statistics
 from data_pipeline.verifying import measure
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tars, directories, patterns such as 'data/{000..010}.tar' or 'data/*.tar'",
     )
     parser.add_argument("--out", type=Path, help="the manifest (default: manifest.json beside the shards)")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

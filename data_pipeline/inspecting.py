@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.captions import check_captions, pick_caption
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest, is_remote, load_manifest
+from data_pipeline.parallel import positive
 from data_pipeline.samples import BadSample, decode_image, split
 from data_pipeline.shards import ShardReader
 from data_pipeline.store import Store
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="PNG", help="draw samples, evenly spaced over the data, on this sheet"
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="samples on the sheet (24; augmented 8)")
+    parser.add_argument("--count", type=positive, default=0, metavar="N", help="samples on the sheet (24; augmented 8)")
     parser.add_argument("--augmented", action="store_true", help="draw what the model sees in training, several times")
     parser.add_argument("--config", type=Path, metavar="YAML", help="run configuration whose data section applies")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
@@ -78,7 +79,9 @@ def load_config(path: Path | None) -> DataConfig:
         data = content.get("data") or {} if isinstance(content, dict) else {}
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--data", type=DataConfig, default=DataConfig())
-        return parser.instantiate_classes(parser.parse_object({"data": data})).data
+        parsed = parser.parse_object({"data": data})
+        built = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+        return built.data
     except (OSError, yaml.YAMLError, jsonargparse.ArgumentError) as error:
         raise ValueError(f"--config {path}: {error}") from None
 

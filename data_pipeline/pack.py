@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_pipeline import indexing
 from data_pipeline.encoding import EXTENSIONS, Encoding, encode_rows
 from data_pipeline.manifest import FILE_NAME, write_atomically
-from data_pipeline.parallel import cores, interrupts_held, run_parallel
+from data_pipeline.parallel import cores, interrupts_held, positive, run_parallel
 from data_pipeline.rows import Columns, Row, choose_columns, read_rows
 from data_pipeline.samples import MAX_PIXELS
 from data_pipeline.shards import ShardWriter
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--key-column", default="", metavar="NAME", help="names of the samples (default: the row's number)")
     add("--class-column", default="", metavar="NAME", help="whole numbers, written as cls")
     add("--split", default="", metavar="NAME", help="split of a Hugging Face dataset")
-    add("--resize", type=_positive, default=0, metavar="PIXELS", help="reduce larger images to this shorter side")
+    add("--resize", type=positive, default=0, metavar="PIXELS", help="reduce larger images to this shorter side")
     add(
         "--format",
         choices=["keep", *(name.lower() for name in EXTENSIONS)],
@@ -78,20 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="re-encode images of other formats, over white",
     )
     add("--quality", type=_percent, default=90, help="of re-encoded JPEG and WebP, 1 to 100 (default: 90)")
-    add("--max-pixels", type=_positive, default=MAX_PIXELS, help=f"skip larger images (default: {MAX_PIXELS:,})")
-    add("--shard-size", type=_positive, default=10_000, metavar="SAMPLES", help="most samples of a shard (10,000)")
-    add("--max-bytes", type=_positive, default=10**9, metavar="BYTES", help="most bytes of a shard (1e9)")
-    add("--workers", type=_positive, default=cores(), help="processes (default: one per core)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    add("--max-pixels", type=positive, default=MAX_PIXELS, help=f"skip larger images (default: {MAX_PIXELS:,})")
+    add("--shard-size", type=positive, default=10_000, metavar="SAMPLES", help="most samples of a shard (10,000)")
+    add("--max-bytes", type=positive, default=10**9, metavar="BYTES", help="most bytes of a shard (1e9)")
+    add("--workers", type=positive, default=cores(), help="processes (default: one per core)")
 
 
 def _percent(text: str) -> int:
-    if _positive(text) > 100:
+    if positive(text) > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is over 100")
     return int(text)
 

@@ -11,14 +11,14 @@ from typing import IO
 from tqdm import tqdm
 
 from data_pipeline.manifest import Shard, filesystem, is_remote, load_manifest
-from data_pipeline.parallel import cores, run_parallel
+from data_pipeline.parallel import cores, positive, run_parallel
 
 BLOCK = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="manifest.json, or the directory that holds it")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:
