@@ -1,0 +1,78 @@
+"""Config <-> YAML <-> command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import Source
+from train import cli
+from train.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
+
+
+def test_what_is_dumped_reloads_equal(tmp_path: Path) -> None:
+    config = cli.parse(
+        [
+            *("--data.train", '[{"data": "a", "weight": 2}, {"data": "b"}]', "--data.augment.scale", "[0.5, 1]"),
+            *("--data.normalize", "[[0.1, 0.2, 0.3], [1, 1, 1]]", "--model.image.lr", "1e-4", "--train.steps", "7"),
+        ]
+    )
+    assert config.data.train == [Source("a", 2.0), Source("b", 1.0)]
+    assert config.model.image.lr == 1e-4 and config.data.augment.scale == (0.5, 1.0)
+    (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
+    assert cli.load(tmp_path / "config.yaml") == config
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optim: {lr: 1e-4, beta1: 0.8}\n")
+    config = cli.parse(["--config", str(tmp_path / "run.yaml"), "--optim.lr", "0.5"])
+    assert (config.optim.lr, config.optim.beta1, config.optim.beta2) == (0.5, 0.8, RunConfig().optim.beta2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.l", "1"], "there is no field --optim.l; did you mean --optim.lr"),
+        (["--global_batch", "1"], "there is no field --global_batch; did you mean --train.global_batch"),
+        (["--optim.lr", "fast"], "--optim.lr: Expected a float. Got value: fast"),
+        (["--model.image.norm", "layer"], "--model.image.norm"),
+        (["--config", "missing.yaml"], "--config: File does not exist"),
+    ],
+)
+def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        cli.parse(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optim: {learning_rate: 1}\n")
+    with pytest.raises(ValueError, match=r"there is no field --optim\.learning_rate"):
+        cli.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_differences_leave_out_the_machine() -> None:
+    before, after = RunConfig(), RunConfig()
+    after.train.seed, after.data.workers, after.train.resident, after.name = 3, 9, 4, "other"
+    assert cli.differences(before, after) == ["train.seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = cli.load(path)
+    assert config.name == path.stem
+    assert config.train.global_batch % config.train.micro_batch == 0
+
+
+def test_every_field_is_described_in_the_help() -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in cli.flatten(RunConfig()):
+        (described,) = re.findall(rf"^  --{re.escape(name)}[ ,].*\n((?: {{10,}}.*\n)+)", text, flags=re.MULTILINE)
+        assert len(described.replace("(type:", "").split()) > 4, f"--{name} is not described"
