@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from math import ceil
 
@@ -33,6 +35,8 @@ _TURNS = {
 
 # open_image refuses by its own limit; Pillow's warning would only say it again, once per process.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# EXIF that cannot be read is passed over.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 class BadSample(Exception):
@@ -75,17 +79,13 @@ def load_image(image: Image.Image, *, background: RGB = (255, 255, 255), shrink:
     and 1/8 of its size that is at least 1 / shrink; other formats come in full size.
     Transparent pixels are put over `background`. Raises BadSample.
     """
-    try:
-        turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(_orientation(image))
+    with _decoding(image):
         if shrink >= 2:
             image.draft(None, (ceil(image.width / shrink), ceil(image.height / shrink)))
         image.load()
         image = _opaque(image, background)
         return image if turn is None else image.transpose(turn)
-    except (MemoryError, BadSample):
-        raise
-    except Exception as error:
-        raise BadSample(f"unreadable {image.format or 'image'}: {error}") from error
 
 
 def decode_image(
@@ -102,11 +102,27 @@ def decode_image(
 
 
 def _orientation(image: Image.Image) -> int:
+    """1 to 8. EXIF that cannot be read says nothing: the picture may well be fine. Raises BadSample."""
+    if image.format == "PNG":  # keeps EXIF behind the pixels
+        with _decoding(image):
+            image.load()
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception as error:  # PNG keeps EXIF behind the pixels, so that asking for it decodes them
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+@contextmanager
+def _decoding(image: Image.Image) -> Iterator[None]:
+    """Damaged pixels raise as many sorts as damaged headers do; all become BadSample."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
         raise BadSample(f"unreadable {image.format or 'image'}: {error}") from error
 
 

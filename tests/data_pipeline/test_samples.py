@@ -178,6 +178,25 @@ def test_damage_raises_nothing_but_bad_sample(kind: str, at: float, damage: byte
         assert error.cause
 
 
+def test_a_damaged_chunk_is_refused() -> None:
+    """A nameless chunk between two of pixels: Pillow raises SyntaxError, of all things."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    first, *others = encoded(Image.fromarray(noise), "PNG").split(b"IDAT")
+    data = first + b"IDAT" + b"\xcfz}L".join(others)
+    assert len(others) == 2
+    with pytest.raises(BadSample, match="unreadable PNG"):
+        decode_image(data)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x026\0\0\0"])
+def test_unreadable_exif_does_not_cost_the_picture(kind: str, exif: bytes) -> None:
+    data = encoded(picture(), kind, exif=exif, lossless=True)
+    assert oriented_size(open_image(data)) == picture().size
+    assert far(decode_image(data), picture()) < 6
+
+
 def described(**content: object) -> bytes:
     return json.dumps(content).encode()
 
