@@ -74,5 +74,5 @@ def test_every_field_is_described_in_the_help() -> None:
         [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for name in cli.flatten(RunConfig()):
-        (described,) = re.findall(rf"^  --{re.escape(name)}[ ,](.*\n(?: {{10,}}.*\n)+)", text, flags=re.MULTILINE)
+        (described,) = re.findall(rf"^  --{re.escape(name)}[ ,](.*\n(?: {{10,}}.*\n)*)", text, flags=re.MULTILINE)
         assert len(described.partition("(type:")[0].split()) > 2, f"--{name} is not described"
