@@ -138,11 +138,12 @@ class _CrossEntropy:
 
     def __init__(self, even_n: Tensor, dim: int):
         self.even_n, self.dim = even_n, dim
+        # Finite, so that a first tile in which all of a row is excluded makes no NaN.
         self.max_n = torch.full_like(even_n, torch.finfo(even_n.dtype).min)
         self.sum_n, self.mean_n = torch.zeros_like(even_n), torch.zeros_like(even_n)
 
     def update(self, tile: _Tile, smoothing: float) -> None:
-        """Takes in a tile; excluded logits are the lowest finite number."""
+        """Takes in a tile; excluded logits are -inf."""
         where = tile.rows if self.dim == 1 else tile.columns
         if smoothing:
             kept_rc = tile.logits_rc
@@ -175,8 +176,7 @@ class _TiledSoftmax(Function):
         for tile in _tiles(rows_bD, columns_BD, scale, options):
             positive_b[tile.positive_rows] = tile.positives(tile.logits_rc)
             if tile.excluded_rc is not None:
-                # Finite, so that a tile in which all of a row is excluded makes no NaN; its share fades to 0 later.
-                tile.logits_rc.masked_fill_(tile.excluded_rc, torch.finfo(rows_bD.dtype).min)
+                tile.logits_rc.masked_fill_(tile.excluded_rc, -torch.inf)
             for direction in directions:
                 direction.update(tile, options.smoothing)
         ctx.options, ctx.both = options, both
