@@ -1,6 +1,6 @@
 """Samples per second of decoding and augmentation, and of the whole loader, beside a plain pipeline in the same run.
 
-    python -m tests.benchmarks.loader [--json] [--images 256] [--size 224] [--repeats 3]
+    python -m tests.benchmarks.loader [--json] [--images 256] [--samples 1024] [--size 224] [--repeats 3]
 
 The images are JPEGs of about 100 KB and 400 to 900 pixels a side, made here. "plain" is what is usually written:
 webdataset's shard list and tar reader, Pillow, torchvision's RandomResizedCrop, flip, ToTensor and Normalize, and a
@@ -146,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--images", type=int, default=256, help="different images (default: 256)")
+    parser.add_argument("--samples", type=int, default=1024, help="samples per pass of a loader (default: 1024)")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side that the tower sees (default: 224)")
     parser.add_argument("--repeats", type=int, default=3, help="paired runs (default: 3)")
     args = parser.parse_args()
@@ -169,7 +170,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         # Each image several times over, in all of them a different crop, so that the queues run full.
-        manifest = write_shards(Path(folder, "shards"), images * max(1, 1024 // args.images))
+        manifest = write_shards(Path(folder, "shards"), images * max(1, args.samples // args.images))
         tokenizer = Tokenizer(str(write_tokenizer(Path(folder, "tokenizer"))), 77)
         for workers in (1, 2):
             made = (manifest, tokenizer, args.size, workers)
