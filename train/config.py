@@ -67,7 +67,7 @@ class ModelConfig:
     projection_bias: bool = False
     """Bias in the two projections; true is the original recipe."""
     temperature: float = 0.07
-    """Initial temperature; the parameter is log(1 / temperature)."""
+    """Initial temperature; the parameter is log(1 / temperature). The sigmoid loss starts at 0.1 and bias -10."""
     max_logit_scale: float = 100.0
     """Largest factor that logits are multiplied by: the parameter is clamped to [0, log(max_logit_scale)]."""
 

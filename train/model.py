@@ -31,6 +31,8 @@ class PairModel(nn.Module):
         sigmoid: for the sigmoid loss: a learned logit bias, and SigLIP's initial scale.
         pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
 
+    log_scale_range: smallest and largest value of log_scale; whoever updates it keeps it there.
+
     A tower that never learns (locked_until -1) takes no gradient and stays in evaluation mode: no dropout, normalized
     by its running statistics.
     """
@@ -100,10 +102,6 @@ class PairModel(nn.Module):
     def encode_text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, L] -> float32 unit vectors [B, D]."""
         return F.normalize(self.text_projection(self.text(ids_BL, mask_BL)).float(), dim=-1)
-
-    def clamp_(self) -> None:
-        """Keeps the logit scale between 1 and its largest value; to be called after every update."""
-        self.log_scale.data.clamp_(*self.log_scale_range)
 
     def blank_micro_batch(self) -> MicroBatch:
         """The smallest micro-batch that goes through the model: two black images with captions of zeros."""
