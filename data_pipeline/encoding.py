@@ -69,8 +69,6 @@ def encode_image(data: bytes, encoding: Encoding) -> tuple[str, bytes]:
     if shrink > 1:
         size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
         loaded = loaded.resize(size, Image.Resampling.BICUBIC)
-    # Orientation is applied by now; a tag that came along would turn the image again.
-    loaded.info = {}
     kind = kind if encoding.format == "KEEP" else encoding.format
     stored = io.BytesIO()
     loaded.save(stored, kind, quality=encoding.quality)

@@ -176,7 +176,7 @@ def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, An
     try:
         if not is_remote(url):
             stat = Path(url).stat()
-            stamp = [stat.st_size, stat.st_mtime_ns]
+            stamp: list[Any] = [stat.st_size, stat.st_mtime_ns]
             return None if stamp == earlier else _measured(url, url, stamp)
         system, remote = filesystem(url)
         info = system.info(remote)
@@ -184,7 +184,7 @@ def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, An
         if stamp == earlier:
             return None
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            local = os.path.join(own, url.rpartition("/")[2])  # noqa: PTH118 - a str like every other address
+            local = str(Path(own, url.rpartition("/")[2]))
             system.get_file(remote, local)
             return _measured(url, local, stamp)
     except ValueError as error:

@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,12 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
 def _load_state(out: Path, options: dict[str, Any]) -> State:
     """The state to continue from. ValueError when OUT holds shards of anything else."""
     path = out / STATE
-    state = State(**json.loads(path.read_text())) if path.exists() else State(options)
-    others = sorted(file.name for file in out.glob("*.tar") if not file.name.startswith(PREFIX))
-    if others or (not path.exists() and list(out.glob("*.tar"))):
+    try:
+        state = State(**json.loads(path.read_text())) if path.exists() else State(options)
+    except (ValueError, TypeError):
+        raise ValueError(f"OUT: {path} is no state of this version's pack; delete {out} to pack anew") from None
+    tars = [tar.name for tar in out.glob("*.tar")]
+    if (not path.exists() and tars) or not all(name.startswith(f"{PREFIX}-") for name in tars):
         raise ValueError(f"OUT: {out} holds shards that this command did not write; choose another directory")
     differing = [flag for flag in options if state.options.get(flag) != options[flag]]
     if differing and state.shards:
@@ -184,9 +187,11 @@ def _load_state(out: Path, options: dict[str, Any]) -> State:
     if differing:
         return State(options)
     names = [f"{PREFIX}-{number:06d}.tar" for number in range(state.shards)]
-    gone = [name for name in names if not (out / name).exists()]
-    if gone or (state.skipped and (out / SKIPPED).stat().st_size < state.skipped_bytes):
-        raise ValueError(f"OUT: {out / (gone or [SKIPPED])[0]} is not as it was left; delete {out} to pack anew")
+    changed = [name for name in names if not (out / name).exists()]
+    if state.skipped and (not (out / SKIPPED).exists() or (out / SKIPPED).stat().st_size < state.skipped_bytes):
+        changed.append(SKIPPED)
+    if changed:
+        raise ValueError(f"OUT: {out / changed[0]} is not as it was left; delete {out} to pack anew")
     return state
 
 
@@ -196,7 +201,7 @@ def _save(out: Path, state: State) -> None:
 
 def _shards(
     table: Table, columns: Columns, encoding: Encoding, out: Path, state: State, args: argparse.Namespace
-) -> Iterator[State]:
+) -> Generator[State]:
     """Pack what `state` says is left; after every complete shard yield the state to continue from."""
     rows = read_rows(table, columns, state.rows)
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])

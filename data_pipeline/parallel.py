@@ -9,7 +9,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ def positive(text: str) -> int:
 
 def run_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, *, in_order: bool = True
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result]]:
     """Yield (item, function(item)); in the order of `items`, else as they get done. `workers` <= 1: in this process.
 
     Items are taken as needed, at most AHEAD per worker before their results are asked for. An exception of the function
@@ -136,6 +136,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     threading.Thread(target=receive, daemon=True).start()
     while True:
         number, item = items.get()
+        answer: tuple[int, Any, Exception | None]
         try:
             answer = (number, function(item), None)
         except Exception as error:

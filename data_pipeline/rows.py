@@ -114,7 +114,9 @@ def _checked(row: Row, columns: Columns, seen: set[str]) -> Row:
 
 
 def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], cause: str) -> Row:
-    image, captions, cls = None, (), None
+    image: Path | bytes | None = None
+    captions: tuple[str, ...] = ()
+    cls: str | None = None
     try:
         # Whatever else is wrong with the record, the list of skipped ones should say which image it was.
         image = _image(record.get(columns.image), table.folder)

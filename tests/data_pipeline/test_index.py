@@ -82,6 +82,7 @@ def test_every_damaged_shard_is_named_and_the_others_are_kept(workers, shards, c
     whole = (shards / "train-000000.tar").read_bytes()
     (shards / "train-000000.tar").write_bytes(whole[:2048])
     (shards / "train-000002.tar").write_bytes(b"this is no tar" * 731 + b"......")
+    (shards / "manifest.json.partial").write_text('{"shard": {"url": "cut sho')
     assert index(shards, workers=workers) == 2
     error = capsys.readouterr().err
     assert "2 of 3 shards cannot be used" in error

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def test_side_cars_text_lines_and_json_together(folder, tmp_path):
 def test_what_cannot_be_packed_is_listed_with_its_cause(folder, tmp_path, capsys):
     good = IMAGES["pictures/im1.jpg"]
     (folder / "cut.jpg").write_bytes(good[: len(good) // 2])
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (30, 30), random.Random(0).randbytes(2700)).save(noise, "JPEG")
+    (folder / "noise.jpg").write_bytes(noise.getvalue()[:-400])  # its header is whole, its last rows are not there
     (folder / "cut.png").write_bytes(IMAGES["pictures/im0.png"][:-30])
     (folder / "text.jpg").write_text("this is no picture")
     Image.new("RGB", (40, 30)).save(folder / "wide.png")
@@ -122,6 +126,7 @@ def test_what_cannot_be_packed_is_listed_with_its_cause(folder, tmp_path, capsys
         "j,pictures/im1.jpg,text,cat",
         "a,pictures/im2.jpg,text,1",
         "k,https://example.com/a.jpg,text,1",
+        "m,noise.jpg,text,1",
         "l,pictures/im3.png,good,2",
     ]
     (folder / "t.csv").write_text("\n".join(lines))
@@ -129,7 +134,7 @@ def test_what_cannot_be_packed_is_listed_with_its_cause(folder, tmp_path, capsys
     assert run_pack(folder / "t.csv", tmp_path / "out", *flags) == 0
     assert [raw["__key__"] for raw in samples(tmp_path / "out")] == ["a", "l"]
     listed = skipped(tmp_path / "out")
-    assert [line["row"] for line in listed] == list(range(1, 12))
+    assert [line["row"] for line in listed] == list(range(1, 13))
     expected = [
         "No such file",
         "unreadable",
@@ -142,13 +147,14 @@ def test_what_cannot_be_packed_is_listed_with_its_cause(folder, tmp_path, capsys
         "'cat' in column 'label'",
         "'a' stands more than once",
         "is a url",
+        "unreadable JPEG",
     ]
     for line, part in zip(listed, expected, strict=True):
         assert part in line["cause"], line
     assert listed[0]["image"] == str(folder / "gone.jpg")
     out = capsys.readouterr().out
     assert "2 samples in 1 shards" in out
-    assert "11 skipped" in out
+    assert "12 skipped" in out
 
 
 def test_nothing_usable_is_an_error_and_other_flags_may_follow(folder, tmp_path, capsys):
@@ -256,6 +262,14 @@ def test_a_shard_that_vanished_is_noticed(folder, tmp_path, capsys):
     (out / "shard-000001.tar").unlink()
     assert run_pack(table, out, "--shard-size", 2) == 2
     assert "shard-000001.tar is not as it was left" in capsys.readouterr().err
+
+
+def test_a_list_of_skipped_ones_that_vanished_is_noticed(folder, tmp_path, capsys):
+    table, out = write_csv(folder / "t.csv", [*RECORDS, RECORDS[0] | {"image": "gone.png"}]), tmp_path / "out"
+    assert run_pack(table, out) == 0
+    (out / "skipped.jsonl").unlink()
+    assert run_pack(table, out) == 2
+    assert "skipped.jsonl is not as it was left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make, message", [
