@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -132,6 +133,7 @@ def worlds(engine: str) -> tuple[int, ...]:
 
 def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = False) -> list[tuple[float, float, str]]:
     """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
+    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     from train import distributed
     from train.engine import Engine
     from train.model import build_model
