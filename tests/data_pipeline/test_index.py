@@ -117,11 +117,11 @@ def test_what_is_kept_is_used_only_while_the_shard_is_the_same(shards, monkeypat
     records = [indexing.index_shard("", (str(path), None)) for path in sorted(shards.glob("*.tar"))]
     lines = [json.dumps(record) for record in records]
     (shards / "manifest.json.partial").write_text("\n".join([lines[0], lines[1], lines[2][:-30]]))
-    os.utime(shards / "train-000001.tar", ns=(0, 0))
+    (shards / "train-000001.tar").write_bytes((shards / "train-000000.tar").read_bytes())
     measured.clear()
     assert index(shards) == 0
     assert measured == ["train-000001.tar", "train-000002.tar"]
-    assert [shard.nsamples for shard in load_manifest(shards).shards] == [5, 4, 3]
+    assert [shard.nsamples for shard in load_manifest(shards).shards] == [5, 5, 3]
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
