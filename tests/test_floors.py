@@ -16,7 +16,8 @@ FLOORS = {
     6: ["train.__main__", "data_pipeline.__main__"],
     5: ["train.loop"],
     4: [
-        "train." + name for name in ("step", "engine", "evaluate", "checkpoint", "tracking", "report", "rundir", "ema")
+        *("train.step", "train.engine", "train.evaluate", "train.checkpoint", "train.tracking", "train.report"),
+        *("train.rundir", "train.ema", "train.feed"),
     ],
     3: ["train." + name for name in ("model", "loss", "optim", "retrieval", "history")] + ["data_pipeline.loader"],
     2: ["train." + name for name in ("towers", "norm", "cli")],

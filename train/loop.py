@@ -9,18 +9,16 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.config import Source
-from data_pipeline.loader import MicroBatch, train_loader
+from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.order import build_order
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import normalization
 from train import checkpoint, distributed, rundir
 from train.checkpoint import TrainState
 from train.config import RunConfig
 from train.ema import WeightAverage
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate, table
+from train.feed import Feed
 from train.model import build_model
 from train.preemption import EXIT_PREEMPTED, StopRequest
 from train.report import write_report
@@ -156,24 +154,17 @@ def finish(run: Run) -> int:
 
 def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) -> Run:
     """All parts of a run, resumed from its newest undamaged checkpoint where there is one."""
-    sources = config.data.train if isinstance(config.data.train, list) else [Source(config.data.train)]
-    manifests = [load_manifest(source.data) for source in sources]
-    weights = [source.weight for source in sources]
-    batch = config.train.global_batch
-    order = build_order(manifests, weights, batch, config.data.lanes, config.train.seed, config.data.shuffle_shards)
-    steps = config.train.steps or max(1, round(config.train.epochs * order.steps_per_epoch))
-    mean, std = normalization(config.data.normalize, manifests[0].statistics)
-    data_hash = " ".join(f"{manifest.hash} x{weight:g}" for manifest, weight in zip(manifests, weights, strict=True))
-    state = TrainState(data_hash=data_hash, mean=list(mean), std=list(std))
+    feed = Feed(config)
+    state = TrainState(data_hash=feed.identity, mean=list(feed.mean), std=list(feed.std))
 
     found = checkpoint.newest(directory)
     torch.manual_seed(config.train.seed)  # the same fresh weights on every rank
-    model = build_model(config, mean, std, pretrained=found is None)
+    model = build_model(config, feed.mean, feed.std, pretrained=found is None)
     if found is not None:
         state = checkpoint.load_state(found)
-        if state.data_hash != data_hash:
+        if state.data_hash != feed.identity:
             raise ValueError(
-                f"--data.train: {found} was trained on other data ({state.data_hash}, now {data_hash}). "
+                f"--data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
                 "Give the data of before, or choose another --name"
             )
         checkpoint.load_weights(found, model)
@@ -183,24 +174,12 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         checkpoint.load_prepared(found, engine, average, state)
 
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
-    batches = train_loader(
-        config.data,
-        order,
-        manifests,
-        tokenizer,
-        seed=config.train.seed,
-        global_batch=batch,
-        micro_batch=config.train.micro_batch,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        start_step=state.step,
-        stop_step=steps,
-    )
+    batches = feed.batches(tokenizer, state.step)
     val = load_manifest(config.data.val) if config.data.val else None
-    tracker = Tracker(config, directory, resumed_step=state.step, total_steps=steps)
+    tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     if found is not None:
         tracker.message(f"going on from {found}")
-    return Run(config, directory, engine, average, state, steps, batches, tokenizer, val, tracker, stop)
+    return Run(config, directory, engine, average, state, feed.steps, batches, tokenizer, val, tracker, stop)
 
 
 def check(config: RunConfig) -> None:

@@ -139,6 +139,17 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
         loop.run(config)
 
 
+def test_stream_mode_trains_without_a_manifest(tmp_path: Path, handlers) -> None:
+    config = prepare(tmp_path, steps=2)
+    config.data.mode, config.data.train = "stream", str(tmp_path / "train" / "*.tar")
+    config.data.val = ""
+    assert loop.run(config) == 0
+    assert [step for step, _, _ in curve(config)] == [1, 2]
+    config.name, config.train.steps = "endless", 0
+    with pytest.raises(ValueError, match=r"so give --train\.steps"):
+        loop.run(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

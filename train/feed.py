@@ -1,0 +1,59 @@
+"""The training data of a run: its length, its identity, its statistics, and its micro-batches from any step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from data_pipeline.config import Source
+from data_pipeline.loader import MicroBatch, stream_loader, train_loader
+from data_pipeline.manifest import load_manifest
+from data_pipeline.order import build_order
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import normalization
+from train import distributed
+from train.config import RunConfig
+
+
+class Feed:
+    """Opens the manifests that `data.train` names, or in stream mode leaves the shards to webdataset.
+
+    steps: optimizer steps of the run. identity: what the data are, for the checkpoint. mean, std: per channel, 0..1.
+
+    Raises:
+        ValueError: the data cannot be used as configured.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        data, batch = config.data, config.train.global_batch
+        if data.mode == "stream":
+            if not config.train.steps:
+                raise ValueError(
+                    "--train.steps 0: stream mode has no manifest that counts an epoch, so give --train.steps"
+                )
+            self.steps, self.identity = config.train.steps, f"stream {data.train}"
+            self.mean, self.std = normalization(data.normalize)
+            return
+        sources = data.train if isinstance(data.train, list) else [Source(data.train)]
+        self.manifests = [load_manifest(source.data) for source in sources]
+        weights = [source.weight for source in sources]
+        self.order = build_order(self.manifests, weights, batch, data.lanes, config.train.seed, data.shuffle_shards)
+        self.steps = config.train.steps or max(1, round(config.train.epochs * self.order.steps_per_epoch))
+        self.identity = " ".join(f"{one.hash} x{weight:g}" for one, weight in zip(self.manifests, weights, strict=True))
+        self.mean, self.std = normalization(data.normalize, *(manifest.statistics for manifest in self.manifests))
+
+    def batches(self, tokenizer: Tokenizer, start_step: int) -> Iterable[MicroBatch]:
+        """This process's micro-batches of the steps from `start_step` on, in order."""
+        train = self.config.train
+        share = {
+            "seed": train.seed,
+            "global_batch": train.global_batch,
+            "micro_batch": train.micro_batch,
+            "rank": distributed.rank(),
+            "world": distributed.world_size(),
+            "start_step": start_step,
+            "stop_step": self.steps,
+        }
+        if self.config.data.mode == "stream":
+            return stream_loader(self.config.data, tokenizer, **share)
+        return train_loader(self.config.data, self.order, self.manifests, tokenizer, **share)
