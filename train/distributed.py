@@ -141,13 +141,14 @@ def find_launcher(pid: int | None = None, ancestors: int = 4) -> Launcher | None
     """The nearest `accelerate launch` among the ancestors of a process (this one: None), or None."""
     pid = os.getpid() if pid is None else pid
     for _ in range(ancestors):
+        options = None
         with suppress(OSError, ValueError):  # no /proc, or the process is gone or not ours
             stat = Path(f"/proc/{pid}/stat").read_text()
             pid = int(stat.rsplit(")", 1)[1].split()[1])
-            arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
-            options = launch_options(arguments)
-            if options is not None:
-                return _read_launcher(options, Path(f"/proc/{pid}/cwd").resolve())
+            directory = Path(f"/proc/{pid}/cwd").resolve()
+            options = launch_options(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1])
+        if options is not None:
+            return _read_launcher(options, directory)
     return None
 
 

@@ -63,7 +63,7 @@ def fail_on_rank_1(kind):
         if kind == "dies":
             os._exit(3)
         raise ValueError("--data.train: this is what rank 1 says")
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_run_distributed_raises_what_a_rank_raised():
@@ -72,7 +72,7 @@ def test_run_distributed_raises_what_a_rank_raised():
         run_distributed(fail_on_rank_1, 2, "raises")
     assert isinstance(caught.value.__cause__, RankError)
     assert "fail_on_rank_1" in str(caught.value.__cause__)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300, "waited for the other rank"
 
 
 def test_run_distributed_notices_a_dead_rank():
@@ -165,6 +165,3 @@ def test_deepspeed_steps_in_fp32_and_computes_in_bf16(stage, precision, clip_gra
             torch.testing.assert_close(parameters[name], parameter.data, rtol=1e-5, atol=1e-7)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
             torch.testing.assert_close(after, model(inputs(9)))
-
-
-# ---- accelerate launch -------------------------------------------------------------------------------------------
