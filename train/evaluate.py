@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from itertools import compress
 
 import torch
-from torch import nn
 
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
@@ -21,13 +20,14 @@ from train.checkpoint import load_model
 from train.config import RunConfig
 from train.distributed import is_main, start
 from train.features import Autocast, Evaluation, encode
+from train.model import PairModel
 from train.probe import probe_metrics, split_by_key
 from train.retrieval import RECALL_AT, retrieval_metrics
 from train.zeroshot import TEMPLATES, class_features, class_indices, classes_of, read_lines, zeroshot_metrics
 
 
 def evaluate(
-    model: nn.Module,
+    model: PairModel,
     config: RunConfig,
     tokenizer: Tokenizer,
     manifest: Manifest,

@@ -25,6 +25,7 @@ from train.distributed import (
     rank,
     world_size,
 )
+from train.model import PairModel
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -63,8 +64,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: what a forward pass keeps (parameters that ZeRO-3 gathers, cached positions) would be
-        # inference tensors, which the next training step refuses.
+        # Not inference_mode: whatever a module keeps from such a forward pass, such as a cached buffer, could not take
+        # part in the next training step.
         with torch.no_grad():
             yield
     finally:
@@ -73,7 +74,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def encode(
-    model: nn.Module,
+    model: PairModel,
     config: RunConfig,
     tokenizer: Tokenizer,
     manifest: Manifest,
@@ -91,7 +92,13 @@ def encode(
     size = config.eval.batch
     loader = eval_loader(config.data, manifest, tokenizer, batch=size, rank=rank(), world=world_size())
     blank = _blank(config)
-    images, texts, owners, keys, captions, classes, bad = [], [], [], [], [], [], []
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    owners: list[int] = []
+    keys: list[str] = []
+    captions: list[str] = []
+    classes: list[str | None] = []
+    bad: list[dict] = []
     with evaluating(model):
         for batch in _in_step(loader, blank):
             shown = batch if batch.keys else blank
@@ -126,7 +133,7 @@ def encode(
     )
 
 
-def encode_texts(model: nn.Module, ids_ML: Tensor, mask_ML: Tensor, size: int, autocast: Autocast) -> Tensor:
+def encode_texts(model: PairModel, ids_ML: Tensor, mask_ML: Tensor, size: int, autocast: Autocast) -> Tensor:
     """float32 features of M texts, `size` at a time; every process makes as many forward passes as the busiest one."""
     passes = int(all_reduce_max(torch.tensor([-(-len(ids_ML) // size)], device=ids_ML.device)))
     features = []

@@ -131,9 +131,10 @@ class WandbRun:
     def __init__(
         self, config: RunConfig, run_dir: Path, before: Sequence[Mapping[str, Any]], say: Callable[[str], None]
     ):
-        self.run_dir, self.say, self.run = run_dir, say, None
+        self.run_dir, self.say = run_dir, say
+        self.run: Any = None
         self._sent = {"train": -1, "eval": -1}
-        mode = config.tracking.wandb
+        mode: str = config.tracking.wandb
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE", "auto")
         if mode == "disabled":
@@ -169,7 +170,7 @@ class WandbRun:
 
         problem = "" if mode == "offline" else why_offline(wandb.setup().settings.base_url, wandb.Settings().base_url)
         mode = "offline" if mode == "offline" or problem else "online"
-        wanted = {
+        wanted: dict[str, Any] = {
             "silent": True,
             "console": "off",
             "init_timeout": INIT_SECONDS,
@@ -182,7 +183,8 @@ class WandbRun:
             "x_disable_meta": any(hide(argument) != argument for argument in sys.argv),
         }
         settings = wandb.Settings(**{name: wanted[name] for name in wanted if name in wandb.Settings.model_fields})
-        options = {
+        options: dict[str, Any] = {
+            "mode": mode,
             "project": config.tracking.project,
             "entity": config.tracking.entity or None,
             "name": config.name,
@@ -195,13 +197,13 @@ class WandbRun:
         terminal, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115 - it cannot ask for a key where nobody answers
         try:
             try:
-                self.run = wandb.init(mode=mode, **options)
+                self.run = wandb.init(**options)
             except Exception as error:
                 if mode == "offline":
                     raise
                 problem = _first_line(error)
                 wandb.teardown()  # the id counts as in use until then
-                self.run = wandb.init(mode="offline", **options)
+                self.run = wandb.init(**options | {"mode": "offline"})
         finally:
             sys.stdin.close()
             sys.stdin = terminal

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from train.features import Autocast, Features, encode_texts, evaluating
+from train.model import PairModel
 from train.retrieval import TIE, check_finite
 
 TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "a drawing of a {}")
 
 
 def class_features(
-    model: nn.Module,
+    model: PairModel,
     tokenizer: Tokenizer,
     names: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
@@ -47,10 +48,12 @@ def class_features(
 
 def classes_of(features: Features) -> list[str]:
     """The class of every image. Raises ValueError where a sample has none."""
+    classes = []
     for key, content in zip(features.keys, features.classes, strict=True):
         if content is None:
             raise ValueError(f"sample {key} has no class: each sample needs a `cls` member (a number or a name)")
-    return features.classes
+        classes.append(content)
+    return classes
 
 
 def class_indices(features: Features, names: Sequence[str]) -> np.ndarray:

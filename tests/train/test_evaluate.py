@@ -1,3 +1,4 @@
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,10 +65,14 @@ def test_evaluation_leaves_the_model_as_it_was(config, data):
     model.text.eval()  # as a tower that never learns
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {}
+    model.image.register_forward_hook(
+        lambda module, inputs, output: output * kept.setdefault("buffer", torch.ones(1) + 1)
+    )
     evaluate(model, config, tokenizer, load_manifest(data))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    model([model.blank_micro_batch()], [0])["image"].sum().backward()  # refused, had an inference tensor stayed behind
+    model([model.blank_micro_batch()], [0])["image"].sum().backward()  # what a module keeps can be trained with
     assert model.image_projection.weight.grad is not None
 
 
@@ -100,11 +105,9 @@ def test_forward_passes_run_in_the_context_that_is_given(config, data):
 
 def test_more_captions_than_a_batch_holds(config, data):
     whole = measured(config, data).features
+    config = copy.deepcopy(config)
     config.eval.batch = 1  # the samples have up to three captions
-    try:
-        single = measured(config, data).features
-    finally:
-        config.eval.batch = 4
+    single = measured(config, data).features
     assert torch.allclose(whole.text_MD, single.text_MD, atol=1e-5)
     assert whole.captions == single.captions
 
@@ -125,6 +128,8 @@ def _on_a_rank(config: RunConfig, sets: list[Path]) -> list[tuple[dict, Features
 
 def test_every_world_gets_the_same_result(config, tmp_path):
     # Uneven shares with a bad sample, and fewer images than ranks: one has nothing to do but must join in.
+    config = copy.deepcopy(config)
+    config.eval.batch = 2  # so that ranks differ in the number of caption batches, too
     sets = [write_data(tmp_path / "uneven", (5, 4, 2), bad=(4,)), write_data(tmp_path / "few", (2,))]
     alone, ranks = _on_a_rank(config, sets), run_distributed(_on_a_rank, 3, config, sets)
     for number, (metrics, features, _) in enumerate(alone):

@@ -144,11 +144,28 @@ def silent_server():
     server.close()
 
 
-def test_looking_for_a_server_is_bounded(silent_server, monkeypatch):
+@pytest.fixture
+def slow_server():
+    """Answers with one byte per second and connection."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        with suppress(OSError):
+            connection, _ = server.accept()
+            for byte in b"HTTP/1.0 200 slow" + b"w" * 60:
+                connection.send(bytes([byte]))
+                time.sleep(1)
+
+    threading.Thread(target=drip, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+
+
+def test_looking_for_a_server_is_bounded(silent_server, slow_server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    for url in (silent_server, closed, "http://no-such-host.invalid"):
+    for url in (silent_server, slow_server, closed, "http://no-such-host.invalid"):
         begin = time.monotonic()
         assert "does not answer" in why_offline(url)
         assert time.monotonic() - begin < 8
