@@ -108,31 +108,40 @@ def test_an_exception_discards_the_shard_begun(tmp_path):
 CHILD = """
 import resource, signal, sys
 from data_pipeline.shards import ShardWriter
+directory, mode, per_shard, total = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-if sys.argv[2] == "full":
+if mode == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-with ShardWriter(sys.argv[1], "s", max_samples=int(sys.argv[3])) as writer:
-    for number in range(10**9):
+with ShardWriter(directory, "s", max_samples=per_shard) as writer:
+    for number in range(total):
         writer.write(str(number), {"jpg": bytes(3000)})
-        if number == 40:
-            print("begun", flush=True)
+    if mode == "wait":
+        print("begun", flush=True)
+        sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("samples", [100, 16])
-def test_a_full_disk_leaves_whole_shards_only(samples, tmp_path):
-    """The limit on the size of a file stands in for the disk's end: in the middle of a shard, and when it is closed."""
-    child = [sys.executable, "-c", CHILD, str(tmp_path), "full", str(samples)]
-    result = subprocess.run(child, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+def child(*arguments):
+    return [sys.executable, "-c", CHILD, *map(str, arguments)]
+
+
+@pytest.mark.parametrize(("per_shard", "total"), [(100, 100), (13, 13), (13, 14)])
+def test_a_full_disk_leaves_whole_shards_only(per_shard, total, tmp_path):
+    """The limit on the size of a file stands in for the disk's end: while a shard is written, and while it is closed.
+
+    13 samples of 3,584 bytes stay below it; the end of the archive does not.
+    """
+    command = child(tmp_path, "full", per_shard, total)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert result.returncode == 1 and "File too large" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_writer_leaves_whole_shards_and_a_part(tmp_path):
-    child = [sys.executable, "-c", CHILD, str(tmp_path), "", "15"]
-    with subprocess.Popen(child, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
-        process.stdout.readline()
+    command = child(tmp_path, "wait", 15, 40)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) as process:
+        assert process.stdout.readline() == b"begun\n"
         process.send_signal(signal.SIGKILL)
-    shards = sorted(tmp_path.glob("*.tar"))
-    assert len(shards) >= 2
-    assert all(len(read_index(path)) == 15 for path in shards)
+    assert {path.name for path in tmp_path.iterdir()} == {"s-000000.tar", "s-000001.tar", "s-000002.tar.part"}
+    assert [len(read_index(path)) for path in sorted(tmp_path.glob("*.tar"))] == [15, 15]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import tarfile
 import time
 from pathlib import Path
@@ -99,21 +100,22 @@ def test_no_index_is_kept_where_it_cannot_be_written(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "a.tar.idx"]
 
 
-def read_many(reader, expected):
-    for round_ in range(300):
-        index = round_ % len(expected)
-        sample = reader.raw(index)
-        assert sample["jpg"] == expected[index][1]["jpg"]
+def read_many(reader, expected, seed):
+    chance = random.Random(seed)
+    for _ in range(300):
+        index = chance.randrange(len(expected))
+        assert reader.raw(index)["jpg"] == expected[index][1]["jpg"]
 
 
 def test_forked_processes_share_a_reader(tmp_path):
-    samples = [(f"{number}", {"jpg": bytes([number]) * 5000}) for number in range(20)]
+    """With members larger than a read buffer, so that a file position shared by the processes would show."""
+    samples = [(f"{number}", {"jpg": bytes([number]) * 100_000}) for number in range(20)]
     reader = ShardReader(write_webdataset(tmp_path / "a.tar", samples))
     context = multiprocessing.get_context("fork")
-    readers = [context.Process(target=read_many, args=(reader, samples)) for _ in range(3)]
-    for process in readers:
+    processes = [context.Process(target=read_many, args=(reader, samples, seed)) for seed in range(3)]
+    for process in processes:
         process.start()
-    read_many(reader, samples)
-    for process in readers:
+    read_many(reader, samples, 3)
+    for process in processes:
         process.join()
         assert process.exitcode == 0
