@@ -146,7 +146,11 @@ def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = Fals
             self.gradients = {name: _whole_gradient(self, p) for name, p in self.module.named_parameters()}
             if self.zero_stage:
                 self.wrapped.optimizer.zero_grad()
-                self.wrapped.optimizer.averaged_gradients = {}
+                averaged = self.wrapped.optimizer.averaged_gradients
+                if self.zero_stage == 3:
+                    averaged.clear()
+                else:  # in place: parameters keep a reference to this dictionary
+                    averaged.update(dict.fromkeys(averaged))
             else:
                 self.optimizer.zero_grad(set_to_none=True)
             return 0.0, False
