@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         state = _load_state(out, _options(table, columns, encoding, args))
         try:
             _save(out, state)
-            if state.shards and not state.complete:
+            if state.shards and not (out / FILE_NAME).exists():
                 print(f"continuing: {_kept(out, state)}", file=sys.stderr)
             if not state.complete:
                 with contextlib.closing(_shards(table, columns, encoding, out, state, args)) as states:

@@ -76,6 +76,18 @@ def test_a_shard_that_the_state_does_not_know_yet_is_written_again(folder, tmp_p
     assert content(out) == expected
 
 
+def test_shards_without_their_manifest_are_continued_from(folder, tmp_path, capsys):
+    """Killed between the last shard and the manifest."""
+    table, out = write_csv(folder / "t.csv", RECORDS), tmp_path / "out"
+    run_pack(table, out)
+    expected = content(out)
+    (out / "manifest.json").unlink()
+    capsys.readouterr()
+    assert run_pack(table, out) == 0
+    assert "continuing: 1 complete shards" in capsys.readouterr().err
+    assert content(out) == expected
+
+
 def test_ctrl_c_says_what_is_kept_and_the_next_call_goes_on(folder, tmp_path):
     table, out = many(folder, 160), tmp_path / "out"
     process = start("pack", table, out, "--shard-size", 20, "--workers", 2)
