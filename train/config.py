@@ -26,6 +26,9 @@ class ImageTowerConfig:
     """Statistics. batch: of the micro-batch; sync_batch: of the global batch; group: GroupNorm; frozen: fixed."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    projection: Literal["linear", "none"] = "linear"
+    """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
+    tower learns to meet them where they are. Their length must then be model.embed_dim."""
     lr: float | None = None
     """Peak learning rate of this tower; null: optim.lr."""
     layer_decay: float = 1.0
@@ -48,6 +51,9 @@ class TextTowerConfig:
     """cls: the first token's vector; mean: the mean over the caption's tokens."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    projection: Literal["linear", "none"] = "linear"
+    """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
+    tower learns to meet them where they are. Their length must then be model.embed_dim."""
     lr: float | None = None
     """Peak learning rate of this tower; null: optim.lr."""
     layer_decay: float = 1.0
@@ -65,7 +71,7 @@ class ModelConfig:
     embed_dim: int = 768
     """Length of the shared embedding."""
     projection_bias: bool = False
-    """Bias in the two projections; true is the original recipe."""
+    """Bias in the projections; true is the original recipe."""
     temperature: float = 0.07
     """Initial temperature; the parameter is log(1 / temperature). The sigmoid loss starts at 0.1 and bias -10."""
     max_logit_scale: float = 100.0

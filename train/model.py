@@ -33,6 +33,9 @@ class PairModel(nn.Module):
 
     log_scale_range: smallest and largest value of log_scale; whoever updates it keeps it there.
 
+    Raises:
+        ValueError: a tower cannot be built, or does not have the width that its lack of a projection asks for.
+
     A tower that never learns (locked_until -1) takes no gradient and stays in evaluation mode: no dropout, normalized
     by its running statistics.
     """
@@ -53,8 +56,8 @@ class PairModel(nn.Module):
         self.image = ImageTower(config.image, image_size, pretrained)
         convert(self.image, config.image.norm)
         self.text = TextTower(config.text, pretrained)
-        self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=config.projection_bias)
-        self.text_projection = nn.Linear(self.text.width, config.embed_dim, bias=config.projection_bias)
+        self.image_projection = self._projection("image", self.image.width)
+        self.text_projection = self._projection("text", self.text.width)
         scale = SIGMOID_SCALE if sigmoid else 1 / config.temperature
         # Shape [1]: DeepSpeed fails on parameters without dimensions.
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
@@ -65,6 +68,17 @@ class PairModel(nn.Module):
         for tower in self._locked():
             tower.requires_grad_(False)
         self.train()
+
+    def _projection(self, tower: str, width: int) -> nn.Module:
+        config = self.config
+        if getattr(config, tower).projection == "linear":
+            return nn.Linear(width, config.embed_dim, bias=config.projection_bias)
+        if width != config.embed_dim:
+            raise ValueError(
+                f"--model.embed_dim {config.embed_dim}: with --model.{tower}.projection none the embedding is as long "
+                f"as the features of {getattr(config, tower).name}; set it to {width}"
+            )
+        return nn.Identity()
 
     def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Each micro-batch through both towers by itself, with its own dropout seed.
