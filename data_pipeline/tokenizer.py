@@ -12,6 +12,7 @@ from torch import Tensor
 # Loader processes are the parallelism here; threads inside them would only compete (and cannot survive a fork).
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+HUB_TIMEOUT_SECONDS = 5
 ROUND_TO = 8
 """Lengths are multiples of this, which is what matrix units like, up to max_tokens."""
 
@@ -64,17 +65,28 @@ class Tokenizer:
         return ids_BL, mask_BL
 
 
+def ask_hub(name: str) -> None:
+    """Raises what the hub's client raises when the hub does not have `name` or cannot be reached, within seconds.
+
+    One short question before a download: transformers retries for most of a minute where there is no network.
+    """
+    from huggingface_hub import HfApi
+
+    HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+
+
 def _load(name: str):
     from transformers import AutoTokenizer
 
     local = Path(name).is_dir()
     try:
         try:
-            # What the hub's cache holds is used without asking the hub, which offline would retry for most of a minute.
+            # What the hub's cache holds is used without asking the hub.
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
         except Exception:
             if local:
                 raise
+            ask_hub(name)
             return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub, damaged files and unknown kinds each have exceptions of their own
         raise ValueError(_remedy(name, error)) from error

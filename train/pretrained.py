@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torchvision
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
+from data_pipeline.tokenizer import ask_hub
+
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
-HUB_TIMEOUT_SECONDS = 5
 TEXT_REMEDY = (
     "give a directory with its config.json and model.safetensors; --model.text.weights scratch needs the config.json "
     "alone, and no file at all for bert-base-uncased"
@@ -76,8 +76,7 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"--model.text.name {name}: no such directory; {TEXT_REMEDY}")
         try:
-            # One short question first: transformers retries for half a minute where there is no network.
-            HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+            ask_hub(name)
             return load(name)
         except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
             problem = f"--model.text.name {name} cannot be had from the Hugging Face hub ({error})"
