@@ -38,7 +38,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """Nodes n1 and n2 with the cores of this machine each; partitions `main` (default) and `short` (n1, 10 minutes)."""
+    """Nodes n1 and n2 with the cores of this machine each; partitions `main` (default) and `short` (n1, 10 minutes).
+
+    Job numbers begin anywhere: the rendezvous port comes of them, and other clusters on this machine have theirs.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -76,6 +79,7 @@ KillWait=15
 SlurmdTimeout=20
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 JobRequeue=1
+FirstJobId={1 + os.getpid() % 9000}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs={cores} State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs={cores} State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
@@ -142,9 +146,13 @@ PartitionName=short Nodes=n1 MaxTime=10 State=UP
         return dict(part.split("=", 1) for part in shown.split() if "=" in part)[name]
 
     def start_now(self, job: str) -> None:
-        """SLURM lets a requeued job wait for two minutes; not here."""
+        """SLURM lets a requeued job wait for two minutes; not here.
+
+        But it may not start in the second in which its last start ended: node daemons compare whole seconds, and
+        refuse that launch as one of the ended start ("Job credential revoked", state FAILED).
+        """
         self.wait(job, "PENDING")
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
         """Wait until the job is in one of the states; returns it."""
