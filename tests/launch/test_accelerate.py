@@ -50,8 +50,9 @@ def test_the_default_is_zero2():
     assert CONFIGS["zero2"].read_text() == CONFIGS["accelerate_config"].read_text()
 
 
-# Without a GPU the GPU configs run on gloo too, so every engine is seen everywhere. zero2 is accelerate_config.
-SLOW = {"zero1", "cpu_zero2", "cpu_zero3"}
+# Without a GPU the GPU configs run on gloo too, so every engine is seen everywhere. zero2 is accelerate_config, and cpu
+# is what other tests launch with.
+SLOW = {"zero1", "zero2_offload", "cpu", "cpu_zero2", "cpu_zero3"}
 STARTED = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS if name != "zero2"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch import checks, memory
+from launch.doctor import main
 from launch.findings import Finding, fail, ok, table, warn, worst
 from train.config import RunConfig
 
@@ -29,7 +30,8 @@ def bert(tmp_path):
     return directory
 
 
-def doctor(*arguments: object, processes: int = 1) -> tuple[int, dict]:
+def doctor(*arguments: object, processes: int) -> tuple[int, dict]:
+    """The doctor on ranks of its own: exit status and report."""
     launcher = ["launch.start", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0", "-m", "launch.doctor"]
     command = [sys.executable, "-m", *launcher, "--json", *SMALL, *map(str, arguments)]
@@ -55,12 +57,12 @@ def test_two_ranks_are_examined_together(tmp_path, bert):
     assert "x" * 40 not in json.dumps(report)
 
 
-def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert):
+def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     wrong = ("--data.train=/nowhere", "--train.global_batch=6")
-    status, report = doctor(f"--model.text.name={bert}", f"--runs_dir={blocked}/runs", *wrong)
-    assert status == 1
+    assert main(["--json", *SMALL, f"--model.text.name={bert}", f"--runs_dir={blocked}/runs", *wrong]) == 1
+    report = json.loads(capsys.readouterr().out)
     for name, words in (
         ("runs directory", "--runs_dir"),
         ("data", "/nowhere"),

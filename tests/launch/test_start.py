@@ -5,20 +5,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launch.start import POLL_SECONDS
+from tests.launch import slurm
 from train.preemption import EXIT_PREEMPTED
 
+SECONDS = 120
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "launch/accelerate/cpu.yaml"
 # A worker that stops at a "step boundary" when it was asked to, and says so; no torch, so it starts at once.
 WORKER = """
 import os, pathlib, sys, time
 from train.preemption import StopRequest
-time.sleep({before})
+while "{late}" and not pathlib.Path(sys.argv[1], "go").exists():
+    time.sleep(0.01)
 request = StopRequest()
 pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
 while not request.name:
@@ -52,69 +57,103 @@ def worker(tmp_path: Path, text: str) -> Path:
     return script
 
 
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+def wait_for(condition: Callable[[], bool]) -> None:
+    slurm.wait_for(condition, "listening workers", SECONDS)
+
+
+# Worker, and its processes, of every launcher that the tests below look at.
+LAUNCHERS = {
+    "0": ("pass", 1),
+    "7": ("raise SystemExit(7)", 2),
+    "85": ("raise SystemExit(85)", 2),
+    "killed worker": ("import os; os.kill(os.getpid(), 9)", 2),
+    "wrong use": ("pass", -1),
+    "SIGTERM": (WORKER.format(late=""), 2),
+    "SIGINT": (WORKER.format(late=""), 2),
+    "SIGUSR2": (WORKER.format(late=""), 2),
+    "SIGUSR1": (WORKER.format(late="late"), 2),
+    "killed launcher": (WORKER.format(late=""), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """launched(name): a launcher and the directory to which its workers write; all run side by side, to save time."""
+    directory = tmp_path_factory.mktemp("launchers")
+    running = {}
+    for name, (text, processes) in LAUNCHERS.items():
+        (directory / name).mkdir()
+        running[name] = start(worker(directory / name, text), directory / name, processes=processes)
+    yield lambda name: (running[name], directory / name)
+    for launcher in running.values():
+        launcher.kill()
+        launcher.communicate()
+
+
+def listening(directory: Path) -> bool:
+    return (directory / "0").exists() and (directory / "1").exists()
+
+
+def end(launcher: subprocess.Popen) -> tuple[int, str]:
+    output, _ = launcher.communicate(timeout=SECONDS)
+    return launcher.returncode, output
 
 
 @pytest.mark.parametrize("code", [0, 7, EXIT_PREEMPTED])
-def test_the_workers_exit_code_is_the_exit_code(tmp_path, code):
-    launcher = start(worker(tmp_path, f"raise SystemExit({code})"), processes=1 if code == 0 else 2)
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == code, output
+def test_the_workers_exit_code_is_the_exit_code(launched, code):
+    found, output = end(launched(str(code))[0])
+    assert found == code, output
     assert ("exitcode" in output) == (code == 7), "only an unexpected end gets torchrun's failure report"
 
 
-def test_a_killed_worker_is_reported_with_its_signal(tmp_path):
-    launcher = start(worker(tmp_path, "import os; os.kill(os.getpid(), 9)"))
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + 9, output
+def test_a_killed_worker_is_reported_with_its_signal(launched):
+    code, output = end(launched("killed worker")[0])
+    assert code == 128 + 9, output
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_every_worker_gets_the_signal_and_may_finish_its_step(tmp_path, name):
-    launcher = start(worker(tmp_path, WORKER.format(before=0)), tmp_path)
-    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+def test_every_worker_gets_the_signal_and_may_finish_its_step(launched, name):
+    launcher, directory = launched(name)
+    wait_for(lambda: listening(directory))
     launcher.send_signal(getattr(signal, name))
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == EXIT_PREEMPTED, output
+    code, output = end(launcher)
+    assert code == EXIT_PREEMPTED, output
     assert output.count(f"stopped by {name}") == 2, output
 
 
-def test_a_signal_to_every_process_at_once_does_not_kill_the_launcher(tmp_path):
+def test_a_signal_to_every_process_at_once_does_not_kill_the_launcher(launched):
     """What SLURM does to a step: the same signal to all of its processes."""
-    launcher = start(worker(tmp_path, WORKER.format(before=0)), tmp_path)
-    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    launcher, directory = launched("SIGUSR2")
+    wait_for(lambda: listening(directory))
     for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
         process.send_signal(signal.SIGUSR2)
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == EXIT_PREEMPTED, output
+    code, output = end(launcher)
+    assert code == EXIT_PREEMPTED, output
 
 
-def test_a_signal_before_the_workers_listen_is_not_lost(tmp_path):
-    launcher = start(worker(tmp_path, WORKER.format(before=3)), tmp_path)
+def test_a_signal_before_the_workers_listen_is_not_lost(launched):
+    launcher, directory = launched("SIGUSR1")
     wait_for(lambda: len(psutil.Process(launcher.pid).children(recursive=True)) >= 3)
     launcher.send_signal(signal.SIGUSR1)
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == EXIT_PREEMPTED, output
+    time.sleep(3 * POLL_SECONDS)
+    (directory / "go").touch()
+    code, output = end(launcher)
+    assert code == EXIT_PREEMPTED, output
     assert output.count("stopped by SIGUSR1") == 2, output
 
 
-def test_nothing_is_left_when_it_is_killed(tmp_path):
-    launcher = start(worker(tmp_path, WORKER.format(before=0)), tmp_path)
-    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+def test_nothing_is_left_when_it_is_killed(launched):
+    launcher, directory = launched("killed launcher")
+    wait_for(lambda: listening(directory))
     children = psutil.Process(launcher.pid).children(recursive=True)
     assert len(children) >= 3
     launcher.kill()
-    launcher.communicate(timeout=60)
-    _, alive = psutil.wait_procs(children, timeout=60)
+    end(launcher)
+    _, alive = psutil.wait_procs(children, timeout=SECONDS)
     assert not alive
 
 
-def test_wrong_use_is_an_error_message(tmp_path):
-    launcher = start(worker(tmp_path, "pass"), processes=-1)
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 2
+def test_wrong_use_is_an_error_message(launched):
+    code, output = end(launched("wrong use")[0])
+    assert code == 2
     assert "error:" in output and "num_processes" in output and "Traceback" not in output
