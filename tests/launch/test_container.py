@@ -1,0 +1,85 @@
+"""train.sbatch with a container: the command line that srun gets, and the linters' word on image and scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# This SLURM has no pyxis and this machine no Apptainer: programs of their names say what they were asked to do.
+PROGRAMS = {
+    "srun": 'echo "srun $*"',
+    "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *) echo "NodeName=n1 NodeAddr=10.0.0.1 Port=6818" ;; esac',
+}
+
+
+def batch(tmp_path: Path, **variables: str) -> str:
+    """What train.sbatch prints, with the checkout's path as ROOT."""
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "DUET_ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "launch/slurm/train.sbatch", "--config", "train/configs/seed.yaml"],
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **job, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace(str(ROOT), "ROOT")
+
+
+STEP = "srun --nodes=2 --ntasks=2 --cpu-bind=none --wait=900 "
+TRAIN = "./launch/multinode.sh --config train/configs/seed.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("container", "mounts", "expected"),
+    [
+        ("", "", ""),
+        ("duet.sif", "", "apptainer exec --nv --bind ROOT --pwd ROOT duet.sif "),
+        ("docker://duet", "/a,/b", "apptainer exec --nv --bind ROOT,/a,/b --pwd ROOT docker://duet "),
+        ("duet:1", "", "--container-image=duet:1 --container-mounts=ROOT:ROOT --container-workdir=ROOT "),
+        (
+            "/duet.sqsh",
+            "/a,/b",
+            "--container-image=/duet.sqsh --container-mounts=ROOT:ROOT,/a:/a,/b:/b --container-workdir=ROOT ",
+        ),
+    ],
+)
+def test_a_container_is_one_variable(tmp_path, container, mounts, expected):
+    assert STEP + expected + TRAIN in batch(tmp_path, DUET_CONTAINER=container, DUET_MOUNTS=mounts)
+
+
+def test_apptainer_runs_the_launcher_inside(tmp_path):
+    """A srun and an Apptainer that do run what they are given: rank, address and the container's Python arrive."""
+    task = "SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=2 SLURM_NODEID=1 SLURM_GPUS_ON_NODE=8"
+    programs = {
+        "srun": f'while [[ $1 == --* ]]; do shift; done; {task} exec "$@"',
+        "apptainer": 'while [ "$1" != duet.sif ]; do shift; done; shift; exec "$@"',
+        "python3": 'case "$*" in *launch.network*) echo eth0 ;; *) echo "inside: $*" ;; esac',
+    }
+    (tmp_path / "run").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "run" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "run" / name).chmod(0o755)
+    said = batch(tmp_path, DUET_CONTAINER="duet.sif", PATH=f"{tmp_path}/run:{tmp_path}:{os.environ['PATH']}")
+    assert "inside: -m launch.start" in said
+    place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 20007 --num_processes 16"
+    assert place in said
+
+
+SCRIPTS = [*Path(ROOT).glob("launch/*.sh"), ROOT / "launch/slurm/train.sbatch", ROOT / "docker/entrypoint.sh"]
+SCRIPTS += [*Path(ROOT).glob("tests/*.sh"), ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize(
+    ("linter", "arguments"), [("hadolint", ["docker/Dockerfile"]), ("shellcheck", ["-x", *map(str, SCRIPTS)])]
+)
+def test_linters_are_clean(linter, arguments):
+    program = Path(sys.executable).with_name(linter)
+    done = subprocess.run([program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
