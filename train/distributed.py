@@ -57,6 +57,11 @@ def start() -> Accelerator:
     if _use_cpu(launcher):
         # DeepSpeed takes part on CPU only if the state exists before the Accelerator, which is then not told `cpu`.
         os.environ["DS_ACCELERATOR"] = "cpu"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            import deepspeed
+
+            # Else it probes every extension with a compiler and builds one, an all-reduce for which there is gloo.
+            deepspeed.ops.__compatible_ops__ = {}
         PartialState(cpu=True, timeout=timeout)
         os.environ.pop("ACCELERATE_USE_CPU", None)
     else:

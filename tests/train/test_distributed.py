@@ -108,6 +108,7 @@ def inputs(rank):
 
 
 def deepspeed_step(clip_grad):
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -116,6 +117,7 @@ def deepspeed_step(clip_grad):
     model = Probe()
     distributed.deepspeed_config(accelerator, 4, clip_grad)
     engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None, "an extension was compiled"
     assert not engine.bfloat16_enabled() and engine.gradient_clipping() == clip_grad
     loss = engine(inputs(distributed.rank())).square().mean()
     engine.backward(loss)
