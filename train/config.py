@@ -23,7 +23,8 @@ class ImageTowerConfig:
     weights: str = "scratch"
     """scratch; a torchvision weights name such as DEFAULT or IMAGENET1K_V2; or a local .safetensors or .pth file."""
     norm: Norm = "batch"
-    """Statistics. batch: of the micro-batch; sync_batch: of the global batch; group: GroupNorm; frozen: fixed."""
+    """Statistics. batch: of the micro-batch; sync_batch: of the global batch, for which `train.resident` has to hold
+    a process's whole share of a step; group: GroupNorm (no statistics of neighbours); frozen: those it started with."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
     projection: Literal["linear", "none"] = "linear"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ class PairModel(nn.Module):
         ValueError: a tower cannot be built, or does not have the width that its lack of a projection asks for.
 
     A tower that never learns (locked_until -1) takes no gradient and stays in evaluation mode: no dropout, normalized
-    by its running statistics.
+    by its running statistics. One that learns later has zero gradients until then, whatever engine computes them: a
+    parameter without any would stall those that wait for all of them.
     """
 
     def __init__(
@@ -67,6 +69,10 @@ class PairModel(nn.Module):
             self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32).view(1, 3, 1, 1))
         for tower in self._locked():
             tower.requires_grad_(False)
+        self.step = 0
+        for tower, options in ((self.image, config.image), (self.text, config.text)):
+            for parameter in tower.parameters() if options.locked_until > 0 else ():
+                parameter.register_hook(partial(self._zero_until, options.locked_until))
         self.train()
 
     def _projection(self, tower: str, width: int) -> nn.Module:
@@ -90,6 +96,7 @@ class PairModel(nn.Module):
             image, text: float32 unit vectors [B, D] of all micro-batches, in order.
             logit_scale: [1], what cosines are multiplied by; with the sigmoid loss logit_bias: [1], what is then added.
         """
+        self.step = micro_batches[0].step
         device = self.mean.device
         together = self.config.image.norm == "sync_batch"
         images, texts = [], []
@@ -129,6 +136,9 @@ class PairModel(nn.Module):
         for tower in self._locked():
             tower.eval()
         return self
+
+    def _zero_until(self, step: int, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.step < step else None
 
     def _locked(self) -> list[nn.Module]:
         towers = ((self.image, self.config.image), (self.text, self.config.text))

@@ -44,8 +44,8 @@ def param_groups(model: PairModel, config: RunConfig) -> list[dict]:
     lr * layer_decay^k. Projections and scale have optim.lr.
 
     A tower with locked_until -1 has no groups. One that unlocks later has the rate 0 until then, with which AdamW
-    changes nothing and decays nothing, in every engine; its gradients are computed all the same, so its moments are
-    warm when it starts, and the gradient norm that is clipped includes it.
+    changes nothing and decays nothing, and zero gradients (train.model), which neither its moments nor the clipped norm
+    see; in every engine.
     """
     groups: dict[tuple, dict] = {}
     for name, values in _values_by_parameter(model, config).items():

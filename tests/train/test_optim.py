@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def by_name(groups: list[dict]) -> dict[str, dict]:
     return {name: group for group in groups for name in group["names"]}
 
 
-def backward(model: PairModel, seed: int = 0) -> None:
-    batch = model.blank_micro_batch()
+def backward(model: PairModel, seed: int = 0, step: int = 0) -> None:
+    batch = replace(model.blank_micro_batch(), step=step)
     batch.images_BCHW.random_(generator=torch.Generator().manual_seed(seed))
     outputs = model([batch], [seed])
     (outputs["image"] @ outputs["text"].T * outputs["logit_scale"]).sum().backward()
@@ -191,7 +192,9 @@ def test_a_tower_that_unlocks_later_neither_moves_nor_decays_until_then(config):
     start = {name: value.clone() for name, value in model.image.named_parameters()}
     for step in range(3):
         rates = set_lrs(optimizer, step, 10, config.optim)
-        backward(model, step)
+        backward(model, seed=step, step=step)
+        assert any(parameter.grad.any() for parameter in model.image.parameters()) == (step >= 2)
+        assert all(parameter.grad.any() for parameter in model.image_projection.parameters())
         optimizer.step()
         optimizer.zero_grad()
         unchanged = [name for name, value in model.image.named_parameters() if torch.equal(value, start[name])]
