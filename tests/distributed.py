@@ -1,4 +1,8 @@
-"""Runs a function in several real processes that form one gloo process group."""
+"""Runs a function in several real processes that form one gloo process group.
+
+The processes are forked from a server that has imported the libraries and nothing more, once per test session: an
+import takes a process longer than most functions do.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["train.loop", "accelerate", "transformers.models.bert.modeling_bert"]
+
 
 class RankError(Exception):
     """Carries the traceback of a rank's exception, as its cause."""
@@ -29,17 +35,18 @@ def run_distributed(
 ) -> list[Any]:
     """fn(*args) in `world_size` spawned processes; returns each rank's result, in rank order.
 
-    fn and args are pickled: fn is a function of a module. Results are pickled, too. Every process has the variables
-    that torchrun would set, those of `environment`, one thread, and a gloo group that is initialized already.
+    fn and args are pickled: fn is a function of a module. Results are pickled, too. Every process has this one's
+    environment, the variables that torchrun would set, those of `environment`, one thread, and a gloo group that is
+    initialized already.
     Raises the exception of the rank that failed first (its traceback is the cause), or TimeoutError after `timeout`
     seconds; no process outlives the call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = start_context()
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            variables = _variables(rank, world_size) | dict(environment or {})
+            variables = dict(os.environ) | _variables(rank, world_size) | dict(environment or {})
             process = context.Process(
                 target=_run_rank, args=(sender, variables, str(Path(directory) / "rendezvous"), timeout, fn, args)
             )
@@ -56,6 +63,13 @@ def run_distributed(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def start_context() -> Any:
+    """Starts processes that have the libraries imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _variables(rank: int, world_size: int) -> dict[str, str]:
@@ -94,6 +108,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _run_rank(
     sender: Connection, variables: dict[str, str], rendezvous: str, timeout: float, fn: Callable[..., Any], args: Any
 ) -> None:
+    os.environ.clear()  # the server's
     os.environ.update(variables)
     import torch
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.loader import MicroBatch
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, start_context
+from tests.wrong_schemes import sabotaged
 from train.config import RunConfig
 from train.step import micro_batch_seed
 
@@ -42,6 +42,8 @@ class Case(NamedTuple):
     world: int
     accumulation: int
     loss: str
+    scheme: str = ""
+    """A wrong one of tests.wrong_schemes; empty: Duet's."""
 
 
 def make_config(text_tower: str, loss: str, **train: int) -> RunConfig:
@@ -131,7 +133,7 @@ def worlds(engine: str) -> tuple[int, ...]:
     return (1,) if engine == "plain" else (1, 2, 4)
 
 
-def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = False) -> list[tuple[float, float, str]]:
+def step_gradients(text_tower: str, cases: Sequence[Case]) -> list[tuple[float, float, str]]:
     """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
     os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     from train import distributed
@@ -155,8 +157,6 @@ def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = Fals
                 self.optimizer.zero_grad(set_to_none=True)
             return 0.0, False
 
-    if sabotage:
-        _spread_scalars_wrongly()
     accelerator = distributed.start()
     results, engines, references = [], {}, {}
     for case in cases:
@@ -169,7 +169,8 @@ def step_gradients(text_tower: str, cases: Sequence[Case], sabotage: bool = Fals
             engines[config.loss.kind] = Capturing(accelerator, model, config)
         engine, (expected_loss, expected) = engines[config.loss.kind], references[config.loss.kind]
         own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
-        loss = training_step(engine, own, config)["loss"]
+        with sabotaged(case.scheme):
+            loss = training_step(engine, own, config)["loss"]
         errors = {name: relative_error(engine.gradients[name], expected[name]) for name in expected if counts(name)}
         worst = max(errors, key=errors.get)
         results.append((abs(loss - expected_loss) / expected_loss, errors[worst], worst))
@@ -194,34 +195,19 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-def _spread_scalars_wrongly() -> None:
-    """Give every part of a step the whole gradient of the temperature, as naive accumulation does."""
-    from train import step
-
-    right = step.loss_gradients
-
-    def wrong(outputs, *arguments):
-        loss, gradients = right(outputs, *arguments)
-        for part in gradients:
-            part["logit_scale"] = part["logit_scale"] * len(outputs)
-        return loss, gradients
-
-    step.loss_gradients = wrong
-
-
 def run_cases(
-    engine: str, world: int, accumulations: Sequence[int], losses: Sequence[str], sabotage: bool = False
+    engine: str, world: int, accumulations: Sequence[int], losses: Sequence[str], schemes: Sequence[str] = ("",)
 ) -> dict[Case, tuple[float, float, str]]:
     """Per case the relative error of the loss, the largest relative error of a gradient, and its parameter."""
     with tempfile.TemporaryDirectory() as directory:
         text_tower = write_text_tower(directory)
-        cases = [Case(engine, world, steps, loss) for loss in losses for steps in accumulations]
+        cases = [
+            Case(engine, world, steps, loss, scheme) for loss in losses for steps in accumulations for scheme in schemes
+        ]
         if engine == "plain":  # a process without a group
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                ranks = [pool.submit(step_gradients, text_tower, cases, sabotage).result()]
+            with ProcessPoolExecutor(1, start_context()) as pool:
+                ranks = [pool.submit(step_gradients, text_tower, cases).result()]
         else:
             environment = engine_environment(engine, directory)
-            ranks = run_distributed(
-                step_gradients, world, text_tower, cases, sabotage, environment=environment, timeout=600
-            )
+            ranks = run_distributed(step_gradients, world, text_tower, cases, environment=environment, timeout=600)
     return {case: max((rank[i] for rank in ranks), key=lambda errors: errors[1]) for i, case in enumerate(cases)}

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.exactness import ENGINES, LOSSES, run_cases, worlds
+from tests.wrong_schemes import SCHEMES
 
 TOLERANCE = 1e-5
 
@@ -24,8 +25,15 @@ def test_the_whole_matrix(engine: str, world: int) -> None:
     check(engine, world, LOSSES)
 
 
-def test_a_wrong_gradient_is_seen() -> None:
-    """Accumulation that backpropagates the whole loss in every part: k times the temperature's gradient."""
-    results = run_cases("plain", 1, (2,), ("tiled",), sabotage=True)
-    ((_, gradient, parameter),) = results.values()
-    assert gradient > 0.5 and parameter == "log_scale"
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero1", "zero2", "zero3"))]
+)
+def test_wrong_gradients_are_seen_and_the_next_step_is_right(engine: str) -> None:
+    results = run_cases(engine, 2, (2,), ("tiled",), (*SCHEMES, ""))
+    for case, (_, gradient, parameter) in results.items():
+        if not case.scheme:
+            assert gradient <= TOLERANCE, f"{gradient:.1e} of {parameter} after wrong steps"
+        elif case.scheme in ("temperature summed", "whole loss in every part"):
+            assert parameter == "log_scale" and gradient == pytest.approx(1, rel=1e-3), case
+        else:
+            assert gradient >= 0.5e-3, f"{case} goes unnoticed: {gradient:.1e} of {parameter}"
