@@ -1,38 +1,44 @@
 """The run as a user starts it: killed, stopped, gone on with, refused."""
 
+import contextlib
+import io
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.distributed import run_distributed
 from tests.train import running
 from tests.train.running import STEPS, curve, prepare, run, run_dir
 from tests.train.small import write_data
 from train import checkpoint, cli, loop
+from train.__main__ import main
 from train.config import RunConfig
 from train.preemption import EXIT_PREEMPTED, SIGNALS
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    """A run of one process that nothing disturbed."""
-    directory = tmp_path_factory.mktemp("straight")
-    config = prepare(directory)
-    run(config, directory)
-    return config, directory
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Puts the signal handlers back that a run inside this process replaces."""
-    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+@pytest.fixture(scope="module", autouse=True)
+def runs_in_this_process() -> Iterator[None]:
+    """Have one thread, as those in other processes; the signal handlers that they replace are put back."""
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    for name, handler in before.items():
+    torch.set_num_threads(threads)
+    for name, handler in handlers.items():
         signal.signal(getattr(signal, name), handler)
+
+
+@pytest.fixture(scope="module")
+def straight(runs_in_this_process, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of one process that nothing disturbed."""
+    config = prepare(tmp_path_factory.mktemp("straight"))
+    assert loop.run(config) == 0
+    return config
 
 
 def weights(config: RunConfig) -> bytes:
@@ -40,31 +46,29 @@ def weights(config: RunConfig) -> bytes:
 
 
 def test_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_path: Path) -> None:
-    expected, _ = straight
     config = prepare(tmp_path)
-    for step in (1, 4, 7):  # before the first checkpoint, right after one, two steps after one
+    for step in (1, 7):  # before the first checkpoint, after the second
         process = running.start(running.command(config, tmp_path), tmp_path / "killed.log")
         running.wait_for_step(config, step, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    run(config, tmp_path)
+    assert loop.run(config) == 0
     assert [step for step, _, _ in curve(config)] == list(range(1, STEPS + 1))
-    assert curve(config) == curve(expected)
-    assert weights(config) == weights(expected)
-    results = [json.loads((run_dir(c) / "results.json").read_text()) for c in (config, expected)]
+    assert curve(config) == curve(straight)
+    assert weights(config) == weights(straight)
+    results = [json.loads((run_dir(c) / "results.json").read_text()) for c in (config, straight)]
     assert results[0]["val"] == results[1]["val"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("zero2", 2)])
 def test_more_processes_make_the_same_curve(straight, tmp_path: Path, engine: str, processes: int) -> None:
-    expected, _ = straight
     config = prepare(tmp_path)
     run(config, tmp_path, engine=engine, processes=processes)
-    assert_same_curve(curve(config), curve(expected), 1e-4)
+    assert_same_curve(curve(config), curve(straight), 1e-4)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path: Path) -> None:
-    expected, _ = straight
+def test_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight, tmp_path: Path) -> None:
     config = prepare(tmp_path)
     config.checkpoint.every = 100
     process = running.start(running.command(config, tmp_path, engine="ddp", processes=2), tmp_path / "stopped.log")
@@ -73,12 +77,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path: Path) -
     assert process.wait(timeout=60) == EXIT_PREEMPTED
     stopped = [path.name for path in (run_dir(config) / "checkpoints").glob("step_*")]
     assert len(stopped) == 1 and 2 <= int(stopped[0][5:]) < STEPS
-    run(config, tmp_path)  # with one process now
-    assert_same_curve(curve(config), curve(expected), 1e-4)
+    run(config, tmp_path, engine="zero2", processes=2)
+    assert_same_curve(curve(config), curve(straight), 1e-4)
 
 
-def test_a_finished_run_says_so_and_does_not_train(straight, capfd, handlers) -> None:
-    config, _ = straight
+def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
+    config = straight
     before = (run_dir(config) / "metrics.jsonl").read_bytes()
     assert loop.run(config) == 0
     printed = capfd.readouterr().out
@@ -86,8 +90,8 @@ def test_a_finished_run_says_so_and_does_not_train(straight, capfd, handlers) ->
     assert (run_dir(config) / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_configuration_is_refused_with_the_difference(straight, handlers) -> None:
-    config = cli.load(run_dir(straight[0]) / "config.yaml")
+def test_another_configuration_is_refused_with_the_difference(straight) -> None:
+    config = cli.load(run_dir(straight) / "config.yaml")
     config.optim.lr, config.data.workers = 0.5, 3
     with pytest.raises(ValueError, match=r"(?s)--name small.*optim\.lr: 3e-05 -> 0\.5") as error:
         loop.run(config)
@@ -95,7 +99,7 @@ def test_another_configuration_is_refused_with_the_difference(straight, handlers
 
 
 def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) -> None:
-    config, _ = straight
+    config = straight
     newest = checkpoint.newest(run_dir(config))
     assert newest.name == f"step_{STEPS:08d}" and (newest.parent / "latest").read_text().strip() == newest.name
     for name in (*checkpoint.FILES, "sha256.json"):
@@ -109,8 +113,8 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) ->
     assert checkpoint.newest(run_dir(config)) == newest
 
 
-def test_other_data_is_refused(straight, tmp_path: Path, handlers) -> None:
-    config = cli.load(run_dir(straight[0]) / "config.yaml")
+def test_other_data_is_refused(straight, tmp_path: Path) -> None:
+    config = cli.load(run_dir(straight) / "config.yaml")
     results = run_dir(config) / "results.json"
     content = results.read_text()
     results.unlink()
@@ -120,10 +124,10 @@ def test_other_data_is_refused(straight, tmp_path: Path, handlers) -> None:
             loop.run(config)
     finally:
         results.write_text(content)
-        (run_dir(config) / "config.yaml").write_text(cli.to_yaml(straight[0]))
+        (run_dir(config) / "config.yaml").write_text(cli.to_yaml(straight))
 
 
-def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path, handlers) -> None:
+def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path) -> None:
     config = prepare(tmp_path, steps=2)
     config.data.train = str(write_data(tmp_path / "bad", (64,), bad=(3, 17)))
     config.data.val = ""
@@ -139,7 +143,7 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
         loop.run(config)
 
 
-def test_stream_mode_trains_without_a_manifest(tmp_path: Path, handlers) -> None:
+def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:
     config = prepare(tmp_path, steps=2)
     config.data.mode, config.data.train = "stream", str(tmp_path / "train" / "*.tar")
     config.data.val = ""
@@ -157,22 +161,34 @@ def test_stream_mode_trains_without_a_manifest(tmp_path: Path, handlers) -> None
         ({"global_batch": 400}, r"lower --train\.global_batch"),
     ],
 )
-def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, handlers, change: dict, message: str) -> None:
+def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loop.run(prepare(tmp_path, **change))
 
 
+def test_a_synchronized_norm_needs_the_whole_share_at_once(tmp_path: Path) -> None:
+    config = prepare(tmp_path)
+    config.model.image.norm = "sync_batch"
+    with pytest.raises(ValueError, match=r"--train\.resident 1: .* sync_batch .* set --train\.resident 4"):
+        loop.run(config)
+
+
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
-    config = prepare(tmp_path, micro_batch=32)
-    started = time.monotonic()
-    printed = run(config, tmp_path, engine="ddp", processes=2, status=2)
-    assert "--train.global_batch 32 cannot be dealt to 2 processes in micro-batches of" in printed
-    assert "Traceback" not in printed and time.monotonic() - started < 120
+    path = tmp_path / "config.yaml"
+    path.write_text(cli.to_yaml(prepare(tmp_path, micro_batch=32)))
+    for status, printed in run_distributed(main_of_a_rank, 2, str(path)):
+        assert status == 2
+        assert "--train.global_batch 32 cannot be dealt to 2 processes in micro-batches of" in printed
+
+
+def main_of_a_rank(path: str) -> tuple[int, str]:
+    """Exit status and messages of `python -m train`."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        status = main(["--config", path])
+    return status, printed.getvalue()
 
 
 def test_a_mistake_on_the_command_line_is_one_line(capfd) -> None:
-    from train.__main__ import main
-
     assert main(["--train.globalbatch", "16"]) == 2
     printed = capfd.readouterr().err
     assert "there is no field --train.globalbatch; did you mean --train.global_batch" in printed
