@@ -8,7 +8,8 @@ usage() {
     cat <<TEXT
 Train on several hosts, by this command on each: ./launch/multinode.sh [options] --config RUN.yaml [--field value ...]
 
-  --nodes N          hosts
+  --nodes N          hosts; LEAST:MOST trains on those that are there: it goes on without a host that is lost, and
+                     takes one in that comes (not host 0)
   --node_rank R      this host's number, 0 to N - 1; host 0 holds the rendezvous
   --address A        host 0's name or address, as the others reach it
   --port P           host 0's port; default 29500
@@ -73,9 +74,12 @@ elif [ -n "${JOB_COMPLETION_INDEX:-}" ]; then
 fi
 port=${port:-29500}
 
-is_count "$nodes" || die "--nodes '$nodes': expected the number of hosts, which the environment does not say"
-if ! [[ $node_rank =~ ^[0-9]+$ ]] || [ "$node_rank" -ge "$nodes" ]; then
-    die "--node_rank '$node_rank': expected this host's number, 0 to $((nodes - 1)) for --nodes $nodes"
+least=${nodes%%:*} most=${nodes#*:}
+if ! is_count "$least" || ! is_count "$most" || [ "$least" -gt "$most" ]; then
+    die "--nodes '$nodes': expected the number of hosts, or LEAST:MOST of them; the environment does not say it"
+fi
+if ! [[ $node_rank =~ ^[0-9]+$ ]] || [ "$node_rank" -ge "$most" ]; then
+    die "--node_rank '$node_rank': expected this host's number, 0 to $((most - 1)) for --nodes $nodes"
 fi
 [ -n "$address" ] || die "--address: the name or address of host 0 is needed; the environment has no MASTER_ADDR"
 is_count "$port" || die "--port $port: expected the same free port number on every host"
@@ -89,7 +93,10 @@ if [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then
     GLOO_SOCKET_IFNAME=$("$PYTHON" -m launch.network "$address") || exit 2
     if [ -n "$GLOO_SOCKET_IFNAME" ]; then export GLOO_SOCKET_IFNAME; else unset GLOO_SOCKET_IFNAME; fi
 fi
+if [ "$least" != "$most" ]; then
+    export DUET_NODES=$nodes DUET_PROCESSES=$((least * processes)):$((most * processes))
+fi
 echo "host $node_rank of $nodes, $processes process(es) here, rendezvous at $address:$port" >&2
-exec "$PYTHON" -m launch.start --config_file "$config" --num_machines "$nodes" --machine_rank "$node_rank" \
-    --main_process_ip "$address" --main_process_port "$port" --num_processes $((nodes * processes)) \
+exec "$PYTHON" -m launch.start --config_file "$config" --num_machines "$most" --machine_rank "$node_rank" \
+    --main_process_ip "$address" --main_process_port "$port" --num_processes $((most * processes)) \
     ${precision[@]+"${precision[@]}"} -m "$module" ${train[@]+"${train[@]}"}

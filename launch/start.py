@@ -32,10 +32,12 @@ def main(arguments: list[str]) -> int:
     received: list[tuple[int, float]] = []
     told: set[int] = set()
     launcher: subprocess.Popen | None = None
+    stop_fd, told_fd = os.pipe()
 
     def pass_on(number: int, _frame: object) -> None:
         interrupts = [moment for kind, moment in received if kind == signal.SIGINT]
         received.append((number, time.monotonic()))
+        os.write(told_fd, b"!")
         if launcher is None:
             return
         if number == signal.SIGINT and interrupts and time.monotonic() - interrupts[-1] > 1:
@@ -49,7 +51,8 @@ def main(arguments: list[str]) -> int:
     launcher = subprocess.Popen(
         # The name after the code is how train.distributed finds what was asked for on the command line above its own.
         [sys.executable, "-c", "from launch.start import launch; launch()", "accelerate.commands.launch", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "DUET_STOP_FD": str(stop_fd)},
+        pass_fds=[stop_fd],
         start_new_session=True,  # a Ctrl-C of the terminal reaches this process alone
         preexec_fn=_ignore_signals,
     )
@@ -87,12 +90,18 @@ def launch() -> None:
     # Its errors repeat, with a banner, what the workers have said and what is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     options = launch_command_parser().parse_args(sys.argv[2:])
     # torchrun must leave these signals to us; it still ends its workers on HUP and QUIT.
     options.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
+        if nodes := os.environ.get("DUET_NODES"):
+            from launch import elastic
+
+            elastic.prepare(nodes, options)
         launch_command(options)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
@@ -100,6 +109,10 @@ def launch() -> None:
             print(error, file=sys.stderr)
     except subprocess.CalledProcessError as error:  # one process without torchrun
         code = error.returncode
+    except (RendezvousError, DistError) as error:
+        print(f"error: the hosts did not meet, or host 0 is lost: {error}", file=sys.stderr)
+        print("start the same command on every host again; a run goes on from its newest checkpoint", file=sys.stderr)
+        code = 1
     except (ValueError, ConnectionError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

@@ -9,7 +9,7 @@ from train import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 2 the user's mistake, 85 stopped by a signal with its state saved, 130 interrupted."""
+    """Exit status: 0 finished, 1 a failure, 2 the user's mistake, 85 a signal (state saved), 130 interrupted."""
     try:
         config = cli.parse(argv)
         from train import loop  # after parsing: --help and a mistake answer without loading torch
@@ -20,6 +20,19 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from torch import distributed
+
+        collective = isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+        if not (collective and distributed.is_initialized()):
+            raise
+        print(
+            f"error: rank {distributed.get_rank()} has lost the other ranks ({str(error).splitlines()[0]}): a "
+            "process, a host or the network is gone. The newest checkpoint is whole, the same command goes on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the ordinary way out may wait for the lost
 
 
 if __name__ == "__main__":

@@ -122,12 +122,14 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager:
 def check_world_size(launcher: Launcher | None = None) -> None:
     """Raises ValueError when the world is not the size that the launcher was asked for.
 
-    DUET_PROCESSES, where set, is the number that was asked for. Else it is what stands on the command line or in the
-    config file of an `accelerate launch` above this process, and in the environment of torchrun, SLURM's srun or MPI.
+    DUET_PROCESSES, where set, is the number that was asked for, or LEAST:MOST of a run on a range of hosts. Else it is
+    what stands on the command line or in the config file of an `accelerate launch` above this process, and in the
+    environment of torchrun, SLURM's srun or MPI.
     """
     world = world_size()
-    if "DUET_PROCESSES" in os.environ:
-        _require(world == _positive_int("DUET_PROCESSES", 1), world, f"DUET_PROCESSES={os.environ['DUET_PROCESSES']}")
+    if asked := os.environ.get("DUET_PROCESSES"):
+        least, most = (_count("DUET_PROCESSES", part) for part in (asked.split(":", 1) * 2)[:2])
+        _require(least <= world <= most, world, f"DUET_PROCESSES={asked}")
         return
     if launcher is not None and launcher.processes is not None:
         _require(world == launcher.processes, world, f"num_processes {launcher.processes} ({launcher.source})")
@@ -200,7 +202,10 @@ def _require(condition: bool, world: int, asked: str) -> None:
 
 
 def _positive_int(name: str, default: int) -> int:
-    value = os.environ.get(name) or str(default)
+    return _count(name, os.environ.get(name) or str(default))
+
+
+def _count(name: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError(f"{name}={value}: expected a whole number of at least 1")
     return int(value)

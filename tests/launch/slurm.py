@@ -75,7 +75,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
-KillWait=60
+KillWait=30
 SlurmdTimeout=20
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 JobRequeue=1
@@ -151,7 +151,7 @@ PartitionName=short Nodes=n1 MaxTime=10 State=UP
         But it may not start in the second in which its last start ended: node daemons compare whole seconds, and
         refuse that launch as one of the ended start ("Job credential revoked", state FAILED).
         """
-        self.wait(job, "PENDING")
+        self.wait(job, "PENDING", seconds=300)
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:

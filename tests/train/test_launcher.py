@@ -121,6 +121,14 @@ def test_the_environment_asks_too(monkeypatch, name):
     distributed.check_world_size()
 
 
+def test_a_range_of_processes_may_be_asked_for(monkeypatch):
+    monkeypatch.setenv("DUET_PROCESSES", "1:4")
+    distributed.check_world_size()
+    monkeypatch.setenv("DUET_PROCESSES", "2:4")
+    with pytest.raises(ValueError, match=r"DUET_PROCESSES=2:4.* 1 process"):
+        distributed.check_world_size()
+
+
 def test_machines_that_do_not_divide_the_world_are_refused():
     with pytest.raises(ValueError, match="num_machines 2"):
         distributed.check_world_size(distributed.Launcher(None, 2, False, "in a file"))
@@ -145,10 +153,10 @@ def test_other_precisions_are_refused(monkeypatch):
         distributed.start()
 
 
-@pytest.mark.parametrize("value", ["0", "two", "-1"])
+@pytest.mark.parametrize("value", ["0", "two", "-1", "2:two"])
 def test_a_bad_number_is_refused(monkeypatch, value):
     monkeypatch.setenv("DUET_PROCESSES", value)
-    with pytest.raises(ValueError, match=f"DUET_PROCESSES={value}"):
+    with pytest.raises(ValueError, match=f"DUET_PROCESSES={value.split(':')[-1]}"):
         distributed.check_world_size()
 
 
