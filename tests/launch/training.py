@@ -14,7 +14,7 @@ from train.preemption import SIGNALS
 def small_run(directory: Path, steps: int) -> RunConfig:
     """The configuration of a run without held-out data, of two micro-batches a step; writes its data to `directory`."""
     config = running.prepare(directory, steps=steps, global_batch=2 * running.MICRO_BATCH)
-    config.data.val = ""
+    config.data.val, config.checkpoint.keep = "", 2
     return config
 
 
