@@ -19,8 +19,9 @@ FLOORS = {
         *("train.step", "train.engine", "train.evaluate", "train.checkpoint", "train.tracking", "train.report"),
         *("train.rundir", "train.ema", "train.feed"),
     ],
-    3: ["train." + name for name in ("model", "loss", "optim", "retrieval", "history")] + ["data_pipeline.loader"],
-    2: ["train." + name for name in ("towers", "norm", "cli")],
+    3: ["train." + name for name in ("model", "loss", "optim", "balance", "retrieval", "history")]
+    + ["data_pipeline.loader"],
+    2: ["train." + name for name in ("towers", "norm", "cli", "diagnostics")],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
 }

@@ -58,6 +58,8 @@ class TrainState:
     """Channel means that images are normalized with, 0 to 1."""
     std: list[float] = field(default_factory=list)
     """Channel standard deviations that images are normalized with, 0 to 1."""
+    balance: dict[str, float] = field(default_factory=dict)
+    """What modality balance has measured, and the multipliers of the learning rates."""
 
 
 def save(run_dir: Path, engine: Engine, average: WeightAverage, state: TrainState, config: RunConfig) -> Path:

@@ -122,6 +122,25 @@ class OptimConfig:
 
 
 @dataclass
+class BalanceConfig:
+    """Modality balance: each tower's learning rate adapts to the gradients that arrive in it (train/balance.py)."""
+
+    kind: Literal["off", "gradient", "update", "progress"] = "off"
+    """What is balanced between the towers, projections included. gradient: its norm over that of the weights; update:
+    the norm of the update over that of the weights; progress: norm of the gradient times norm of the update."""
+    every: int = 10
+    """Steps between measurements."""
+    smoothing: float = 0.8
+    """Decay per measurement of the moving average of the logarithm of the towers' ratio; 0: none."""
+    strength: float = 0.5
+    """How much of a difference the learning rates make up for: 1 all of it; below 0 they enlarge it."""
+    max: float = 4.0
+    """Multipliers of a tower's learning rate stay within [1/max, max]."""
+    reference: Literal["equal", "start"] = "equal"
+    """What the towers are brought to. equal: the same value; start: the ratio they had after optim.warmup_steps."""
+
+
+@dataclass
 class TrainConfig:
     """How long, in batches of what size."""
 
@@ -176,6 +195,8 @@ class TrackingConfig:
     """W&B team or user; empty: the default one of the key."""
     log_every: int = machine(10)
     """Steps between lines on the screen and points sent to W&B; metrics.jsonl has every step."""
+    diagnostics_every: int = machine(10)
+    """Steps between measurements of each tower's gradient, update and embeddings; 0: none."""
 
 
 @dataclass
@@ -190,6 +211,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.loader import MicroBatch
 from train import distributed, optim
 from train.config import RunConfig
+from train.diagnostics import TowerMeter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -50,6 +51,9 @@ class Engine:
             self.wrapped = accelerator.prepare_model(model, evaluation_mode=True)
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.module = accelerator.unwrap_model(self.wrapped)
+        if self.zero_stage == 3:
+            self._clear_padding()
+        self.meter = TowerMeter(self._inner(), sharded=bool(self.zero_stage))
 
     def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Features of the micro-batches with their graph."""
@@ -117,9 +121,9 @@ class Engine:
         if self.zero_stage:
             self._set_master(parameter, value)
 
-    def set_lrs(self, step: int, total: int) -> dict[str, float]:
+    def set_lrs(self, step: int, total: int, multipliers: Mapping[str, float] | None = None) -> dict[str, float]:
         """Set every group's learning rate for this step; returns the rate of each tower."""
-        return optim.set_lrs(self.optimizer, step, total, self.config.optim)
+        return optim.set_lrs(self.optimizer, step, total, self.config.optim, multipliers)
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 value of one parameter; under ZeRO a collective."""
@@ -203,6 +207,17 @@ class Engine:
         self.wrapped.step()
         for group, (lr, decay) in zip(groups, saved, strict=True):
             group["lr"], group["weight_decay"] = lr, decay
+
+    def _clear_padding(self) -> None:
+        """Zero what fills up the ranks' parts of parameters that do not divide: ZeRO-3 leaves it uninitialized."""
+        zero = self.wrapped.optimizer
+        for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            start = 0
+            for parameter in parameters:
+                stop = start + parameter.partition_numel()
+                used = parameter.ds_numel - distributed.rank() * parameter.partition_numel()
+                flat.data[start + min(max(used, 0), stop - start) : stop].zero_()
+                start = stop
 
     def _link_zero_state(self) -> None:
         """Tell ZeRO-1 and 2's parameters where their moments are.

@@ -13,6 +13,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed, rundir
+from train.balance import Balance, check_balance
 from train.checkpoint import TrainState
 from train.config import RunConfig
 from train.ema import WeightAverage
@@ -35,6 +36,7 @@ class Run:
     engine: Engine
     average: WeightAverage
     state: TrainState
+    balance: Balance
     steps: int
     batches: Iterable[MicroBatch]
     tokenizer: Tokenizer
@@ -68,15 +70,20 @@ def train(run: Run) -> int:
     while state.step < run.steps:
         micro_batches = fetch(batches, share, engine.device)
         waited = time.perf_counter() - clock
-        lrs = engine.set_lrs(state.step, run.steps)
-        metrics = training_step(engine, micro_batches, config)
+        multipliers = run.balance.multipliers()
+        lrs = engine.set_lrs(state.step, run.steps, multipliers)
+        measure = run.balance.due(state.step) or due(state.step + 1, config.tracking.diagnostics_every)
+        metrics = training_step(engine, micro_batches, config, measure)
+        run.balance.update(state.step, metrics)
         run.average.update()
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         stopping, digest = account(run, micro_batches, metrics, seconds)
         rate = config.train.global_batch / seconds
+        metrics |= {f"lr/{tower}": lr for tower, lr in lrs.items()}
+        metrics |= {f"lr_multiplier/{tower}": factor for tower, factor in multipliers.items()}
         speed = {"samples_per_second": rate, "data_wait": waited / seconds, "batch_digest": digest}
-        tracker.log(state.step, metrics | {f"lr/{tower}": lr for tower, lr in lrs.items()} | speed)
+        tracker.log(state.step, metrics | speed)
 
         done = state.step == run.steps
         if run.val is not None and not done and due(state.step, config.eval.every):
@@ -179,7 +186,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     if found is not None:
         tracker.message(f"going on from {found}")
-    return Run(config, directory, engine, average, state, feed.steps, batches, tokenizer, val, tracker, stop)
+    balance = Balance(config, state.balance)
+    return Run(config, directory, engine, average, state, balance, feed.steps, batches, tokenizer, val, tracker, stop)
 
 
 def check(config: RunConfig) -> None:
@@ -192,6 +200,7 @@ def check(config: RunConfig) -> None:
         )
     if not config.data.train:
         raise ValueError("--data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
+    check_balance(config.balance)
 
 
 def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:

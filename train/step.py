@@ -19,6 +19,7 @@ from torch import Tensor
 from data_pipeline.loader import MicroBatch
 from train import distributed, norm
 from train.config import LossConfig, RunConfig
+from train.diagnostics import embedding_metrics
 from train.engine import Engine
 from train.loss import contrastive_loss
 
@@ -26,11 +27,14 @@ Outputs = dict[str, Tensor]
 SCALARS = ("logit_scale", "logit_bias")
 
 
-def training_step(engine: Engine, micro_batches: Sequence[MicroBatch], config: RunConfig) -> dict[str, float]:
+def training_step(
+    engine: Engine, micro_batches: Sequence[MicroBatch], config: RunConfig, measure: bool = False
+) -> dict[str, float]:
     """Train on one global batch.
 
     Args:
         micro_batches: this process's share of the step, in order, on the engine's device.
+        measure: also return what train.diagnostics measures.
 
     Returns:
         Metrics of the step, the same on every rank.
@@ -51,11 +55,17 @@ def training_step(engine: Engine, micro_batches: Sequence[MicroBatch], config: R
         output = engine.forward(*part) if cached else outputs[0]
         engine.backward(sum((output[name] * value).sum() for name, value in gradient.items()))
 
+    if measure:
+        engine.meter.arm()
     grad_norm, applied = engine.step()
     count = config.train.global_batch // config.train.micro_batch
     norm.update_running(engine.module, distributed.all_reduce_sum, count)
     scale = float(outputs[0]["logit_scale"].detach())
-    return {"loss": loss, "grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
+    metrics = {"loss": loss, "grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
+    if measure:
+        metrics |= engine.meter.read(applied, grad_norm, config.optim.clip_grad)
+        metrics |= embedding_metrics(*(torch.cat([output[name] for output in outputs]) for name in ("image", "text")))
+    return metrics
 
 
 def loss_gradients(
