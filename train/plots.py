@@ -17,11 +17,12 @@ from train.retrieval import RECALL_AT
 History = Sequence[dict[str, Any]]
 INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 IMAGE, TEXT, TEMPERATURE, NORM = "#0b8457", "#d9622b", "#3d5a98", "#8d5a97"
+TOWERS = (("image", IMAGE), ("text", TEXT))
 DIRECTIONS = (("t2i", "text → image"), ("i2t", "image → text"))
 
 
 def draw_plots(history: History, results: dict[str, float], chance_loss: float | None, directory: Path) -> list[Path]:
-    """Write loss.png and training.png, and recall.png where there are results.
+    """Write loss.png and training.png, recall.png where there are results, and towers.png where they were measured.
 
     Args:
         results: the final retrieval metrics; empty for none.
@@ -31,6 +32,8 @@ def draw_plots(history: History, results: dict[str, float], chance_loss: float |
     paths.append(_save(training_plot(history), directory / "training.png"))
     if results:
         paths.append(_save(recall_plot(history, results), directory / "recall.png"))
+    if any("alignment" in record for record in history):
+        paths.append(_save(towers_plot(history), directory / "towers.png"))
     return paths
 
 
@@ -96,7 +99,7 @@ def training_plot(history: History) -> Figure:
     figure = Figure(figsize=(11, 5.6))
     (rates, temperature), (norm, speed) = figure.subplots(2, 2)
     _style(rates, "Learning rate")
-    for tower, color in (("image", IMAGE), ("text", TEXT)):
+    for tower, color in TOWERS:
         rates.plot(*series(history, f"lr/{tower}"), color=color, linewidth=1.8, label=f"{tower} tower")
     rates.legend(frameon=False, fontsize=9)
     rates.set_ylim(bottom=0)
@@ -112,6 +115,29 @@ def training_plot(history: History) -> Figure:
     if len(rate):
         speed.plot(steps, rate, color=MUTED, linewidth=0.8)
         speed.set_ylim(0, 1.15 * float(np.percentile(rate, 99)))
+    return figure
+
+
+def towers_plot(history: History) -> Figure:
+    """What train.diagnostics measures: the tower is the colour, or both together are one curve."""
+    figure = Figure(figsize=(11, 5.6))
+    top, bottom = figure.subplots(2, 3)
+    for axes, title, name, scale in (
+        (top[0], "Norm of the gradient", "grad_norm", "log"),
+        (top[1], "Update / weights", "update_ratio", "log"),
+        (top[2], "Effective rank", "effective_rank", "linear"),
+        (bottom[0], "Uniformity (low: spread out)", "uniformity", "linear"),
+    ):
+        _style(axes, title, "step" if axes is bottom[0] else "").set_yscale(scale)
+        for tower, color in TOWERS:
+            axes.plot(*series(history, f"{name}/{tower}"), color=color, linewidth=1.8, label=f"{tower} tower")
+    top[0].legend(frameon=False, fontsize=9)
+    for axes, title, name in (
+        (bottom[1], "Alignment (low: pairs are close)", "alignment"),
+        (bottom[2], "Modality gap", "modality_gap"),
+    ):
+        _style(axes, title, "step").plot(*series(history, name), color=TEMPERATURE, linewidth=1.8)
+        axes.set_ylim(bottom=0)
     return figure
 
 

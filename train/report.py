@@ -36,6 +36,13 @@ SECTIONS = (
     ("Recall", "recall.png", "Share of queries that have the right answer among their first 1, 5 and 10, in percent."),
     ("Loss", "loss.png", "Every step, and the moving average. Chance is what features that know nothing would get."),
     ("Training", "training.png", ""),
+    (
+        "Towers",
+        "towers.png",
+        "What each step does to the towers (projections included), and how the batch's embeddings lie: alignment and "
+        "uniformity after Wang and Isola, the gap between the means of images and texts, effective rank after Roy and "
+        "Vetterli.",
+    ),
 )
 CHOSEN = (
     ("Image tower", "model.image.name"),

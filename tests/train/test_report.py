@@ -24,7 +24,7 @@ from train.report import write_report
 from train.retrieval import retrieval_metrics
 
 RESULTS = {"steps": 30, "samples_seen": 3840, "seconds": 12.0, "bad_samples": 2, "skipped_steps": 0}
-PLOTS = {"loss.png", "training.png", "recall.png"}
+PLOTS = {"loss.png", "training.png", "towers.png", "recall.png"}
 GALLERIES = {"gallery_text_to_image.png", "gallery_image_to_text.png"}
 
 
@@ -56,6 +56,10 @@ def write_history(run_dir: Path, evaluations: int) -> None:
             grad_norm = None if step == 7 else 1.0 / step  # a step that was skipped
             record = {"step": step, "loss": 5 * math.exp(-step / 9), "grad_norm": grad_norm, "temperature": 0.07}
             record |= {"lr/image": 1e-3, "lr/text": 1e-5, "samples_per_second": 300.0, "data_wait": 0.1}
+            if step % 10 == 0:
+                record |= {"alignment": 2 / step, "modality_gap": 1 / step}
+                names = ("grad_norm", "update_ratio", "uniformity", "effective_rank")
+                record |= {f"{name}/{tower}": step / 10 for name in names for tower in ("image", "text")}
             file.write(json.dumps(record) + "\n")
         for number in range(evaluations):
             recalls = {f"val/{side}_R@{k}": float(k + number) for side in ("t2i", "i2t") for k in (1, 5, 10)}
@@ -158,7 +162,7 @@ def test_one_evaluation_makes_bars_without_a_curve(tmp_path, manifest):
 def test_without_held_out_data_there_are_the_curves(tmp_path):
     write_history(tmp_path, evaluations=0)
     page = Page(write_report(tmp_path, RunConfig(), RESULTS).read_text())
-    assert set(page.images) == {"loss.png", "training.png"}
+    assert set(page.images) == PLOTS - {"recall.png"}
     assert "no held-out data (--data.val)" in page.text
 
 
