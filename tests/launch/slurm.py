@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -104,10 +105,11 @@ PartitionName=short Nodes=n1 MaxTime=10 State=UP
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.ask("scancel", "--me", check=False)
-        deadline = time.monotonic() + 30
-        while self.ask("squeue", "-h", check=False) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        with suppress(subprocess.TimeoutExpired):  # a controller that does not answer ends like the others
+            self.ask("scancel", "--me", check=False)
+            deadline = time.monotonic() + 30
+            while self.ask("squeue", "-h", check=False) and time.monotonic() < deadline:
+                time.sleep(0.5)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
