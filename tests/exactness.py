@@ -25,6 +25,7 @@ from train.step import micro_batch_seed
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 LOSSES = ("full", "local", "tiled", "sigmoid")
+LEVELS = "tiled, multi-scale"
 ZERO_CONFIG = {
     "gradient_accumulation_steps": 1,
     "train_micro_batch_size_per_gpu": "auto",
@@ -54,7 +55,8 @@ def make_config(text_tower: str, loss: str, **train: int) -> RunConfig:
     config.model.text.name, config.model.text.weights = text_tower, "scratch"
     config.model.embed_dim = 16
     config.loss.kind = "sigmoid" if loss == "sigmoid" else "softmax"
-    config.loss.rows, config.loss.tile = ("tiled" if loss == "sigmoid" else loss), 5
+    config.loss.rows, config.loss.tile = (loss if loss in ("full", "local") else "tiled"), 5
+    config.model.multiscale.enabled = config.model.multiscale.cross_level = loss == LEVELS
     config.optim.warmup_steps = 0
     config.train.micro_batch = 4
     for name, value in train.items():
@@ -106,17 +108,28 @@ def plain_gradients(config: RunConfig) -> tuple[float, dict[str, Tensor]]:
     model = build_model(config, (0.5,) * 3, (0.25,) * 3)
     batches = make_batch(config)
     outputs = [model([batch], [micro_batch_seed(config.train.seed, 0, batch.index)]) for batch in batches]
-    image, text = (torch.cat([output[name] for output in outputs]) for name in ("image", "text"))
-    logits = outputs[0]["logit_scale"] * image @ text.T
-    size = len(logits)
+    outputs = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+    image, text, scale = outputs["image"], outputs["text"], outputs["logit_scale"][0]
     if config.loss.kind == "sigmoid":
-        signs = 2 * torch.eye(size) - 1
-        loss = -F.logsigmoid(signs * (logits + outputs[0]["logit_bias"])).sum() / size
+        signs = 2 * torch.eye(len(image)) - 1
+        logits = scale * image @ text.T + outputs["logit_bias"][0]
+        loss = total = -F.logsigmoid(signs * logits).sum() / len(image)
     else:
-        labels = torch.arange(size)
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    loss.backward()
+        loss = total = clip_loss(image, text, scale)
+    if config.model.multiscale.enabled:
+        shares, scales = model.level_logits.softmax(0), model.level_log_scales.exp()
+        images, texts = outputs["image_levels"].unbind(1), outputs["text_levels"].unbind(1)
+        levels = zip(images, texts, scales, strict=True)
+        total = loss + sum(share * clip_loss(*level) for share, level in zip(shares, levels, strict=True))
+        total = total - (shares * len(shares)).log().sum() / len(shares)
+    total.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The symmetric cross-entropy, as in figure 3 of arXiv 2103.00020."""
+    logits, labels = scale * image @ text.T, torch.arange(len(image))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def engine_environment(engine: str, directory: str | Path) -> dict[str, str]:
@@ -163,11 +176,12 @@ def step_gradients(text_tower: str, cases: Sequence[Case]) -> list[tuple[float, 
         config = make_config(text_tower, case.loss, global_batch=BATCH)
         share = BATCH // config.train.micro_batch // case.world
         config.train.resident = share // case.accumulation
-        if config.loss.kind not in engines:
-            references[config.loss.kind] = plain_gradients(config)
+        kind = case.loss if case.loss == LEVELS else config.loss.kind
+        if kind not in engines:
+            references[kind] = plain_gradients(config)
             model = build_model(config, (0.5,) * 3, (0.25,) * 3)
-            engines[config.loss.kind] = Capturing(accelerator, model, config)
-        engine, (expected_loss, expected) = engines[config.loss.kind], references[config.loss.kind]
+            engines[kind] = Capturing(accelerator, model, config)
+        engine, (expected_loss, expected) = engines[kind], references[kind]
         own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
         with sabotaged(case.scheme):
             loss = training_step(engine, own, config)["loss"]

@@ -19,9 +19,11 @@ FLOORS = {
         *("train.step", "train.engine", "train.evaluate", "train.checkpoint", "train.tracking", "train.report"),
         *("train.rundir", "train.ema", "train.feed"),
     ],
-    3: ["train." + name for name in ("model", "loss", "optim", "balance", "retrieval", "history")]
-    + ["data_pipeline.loader"],
-    2: ["train." + name for name in ("towers", "norm", "cli", "diagnostics")],
+    3: [
+        *("train.model", "train.loss", "train.objective", "train.optim", "train.balance", "train.retrieval"),
+        *("train.history", "data_pipeline.loader"),
+    ],
+    2: ["train." + name for name in ("towers", "multiscale", "norm", "cli", "diagnostics")],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
 }
@@ -33,10 +35,12 @@ PARTS = {
     "train.report": ["train.plots", "train.gallery"],
 }
 WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
-# Within floor 3: parameter groups are those of the model. Within 4: the engine is what a step and a checkpoint are
-# made with; evaluation by hand loads a checkpoint.
+# Within floor 2: side heads stand on towers. Within 3: parameter groups are those of the model, the objective is a sum
+# of losses. Within 4: the engine is what a step and a checkpoint are made with; evaluation by hand loads a checkpoint.
 STAIRS = {
     ("train.optim", "train.model"),
+    ("train.objective", "train.loss"),
+    ("train.multiscale", "train.towers"),
     ("train.step", "train.engine"),
     ("train.checkpoint", "train.engine"),
     ("train.ema", "train.engine"),

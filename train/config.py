@@ -64,11 +64,34 @@ class TextTowerConfig:
 
 
 @dataclass
+class MultiscaleConfig:
+    """Alignment at several depths of the towers (train/multiscale.py)."""
+
+    enabled: bool = False
+    """Pool, project and align several stages of each tower, level by level, beside the embedding."""
+    image_stages: list[str] = field(default_factory=list)
+    """Modules of the image tower, one per level, bottom to top, such as layer3; empty: its last three stages."""
+    text_layers: list[int] = field(default_factory=list)
+    """Layers of the text tower, from 1, one per level; empty: evenly spaced, up to the last."""
+    heads: int = 8
+    """Heads of the attention pooling; divides embed_dim."""
+    weight: float = 1.0
+    """Weight of all levels together beside the loss of the embedding."""
+    evenness: float = 1.0
+    """How strongly the learned weights of the levels are held near equal: losses that differ by this halve a weight."""
+    cross_level: bool = False
+    """Let the levels of a sample attend to each other before they are aligned."""
+    fuse: bool = False
+    """false: the embedding is the top vector, and evaluation leaves the levels out; true: it is fused with them."""
+
+
+@dataclass
 class ModelConfig:
     """Two towers and their projections into one space."""
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    multiscale: MultiscaleConfig = field(default_factory=MultiscaleConfig)
     embed_dim: int = 768
     """Length of the shared embedding."""
     projection_bias: bool = False

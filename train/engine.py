@@ -91,7 +91,8 @@ class Engine:
         """
         norm, applied = self._zero_step() if self.zero_stage else self._plain_step()
         if applied:
-            self._clamp_scale()
+            for parameter in self.module.log_scales():
+                self._clamp(parameter, *self.module.log_scale_range)
         return norm, applied
 
     def _plain_step(self) -> tuple[float, bool]:
@@ -110,13 +111,12 @@ class Engine:
         norm = float(self.wrapped.get_global_grad_norm()) if applied else math.inf
         return norm, applied
 
-    def _clamp_scale(self) -> None:
-        """Keep the logit scale in [0, log(max)]; under ZeRO its fp32 master too, which overwrites the parameter."""
-        parameter, (low, high) = self.module.log_scale, self.module.log_scale_range
-        value = self.full_parameter(parameter)
-        if low <= value.item() <= high:
+    def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        """Keep a parameter in [low, high]; under ZeRO its fp32 master too, which overwrites the parameter."""
+        before = self.full_parameter(parameter)
+        value = before.clamp(low, high)
+        if torch.equal(value, before):
             return
-        value = value.clamp(low, high)
         self._set_parameter(parameter, value)
         if self.zero_stage:
             self._set_master(parameter, value)

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import MicroBatch
+from train import multiscale
 from train.config import ModelConfig, RunConfig
+from train.multiscale import LevelHeads, tapped
 from train.norm import convert
 from train.towers import ImageTower, TextTower
 
@@ -32,7 +34,7 @@ class PairModel(nn.Module):
         sigmoid: for the sigmoid loss: a learned logit bias, and SigLIP's initial scale.
         pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
 
-    log_scale_range: smallest and largest value of log_scale; whoever updates it keeps it there.
+    log_scale_range: smallest and largest value of log_scales(); whoever updates them keeps them there.
 
     Raises:
         ValueError: a tower cannot be built, or does not have the width that its lack of a projection asks for.
@@ -67,6 +69,10 @@ class PairModel(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor([SIGMOID_BIAS])) if sigmoid else None
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32).view(1, 3, 1, 1))
+        multiscale.check(config.multiscale, config.embed_dim)
+        self.image_levels = self.text_levels = None
+        if config.multiscale.enabled:
+            self._add_levels(math.log(scale), sigmoid)
         for tower in self._locked():
             tower.requires_grad_(False)
         self.step = 0
@@ -86,6 +92,23 @@ class PairModel(nn.Module):
             )
         return nn.Identity()
 
+    def _add_levels(self, log_scale: float, sigmoid: bool) -> None:
+        """Side heads, and what their losses learn: shares, and scales of their own.
+
+        A level's cosines spread less than the top's. With one scale for all, the levels would soften the embedding's.
+        """
+        config, blank = self.config.multiscale, self.blank_micro_batch()
+        self.image_taps = multiscale.image_taps(self.image, config, self.config.image.name)
+        self.text_taps = multiscale.text_taps(self.text, config, len(self.image_taps))
+        image_widths = multiscale.widths(self.image, self.image_taps, self._normalized(blank.images_BCHW))
+        text_widths = multiscale.widths(self.text, self.text_taps, blank.ids_BL, blank.mask_BL)
+        self.image_levels = LevelHeads(image_widths, self.config.embed_dim, config)
+        self.text_levels = LevelHeads(text_widths, self.config.embed_dim, config)
+        count = len(image_widths)
+        self.level_log_scales = nn.Parameter(torch.full((count,), log_scale))
+        self.level_biases = nn.Parameter(torch.full((count,), SIGMOID_BIAS)) if sigmoid else None
+        self.level_logits = nn.Parameter(torch.zeros(count))
+
     def forward(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Each micro-batch through both towers by itself, with its own dropout seed.
 
@@ -95,34 +118,67 @@ class PairModel(nn.Module):
         Returns:
             image, text: float32 unit vectors [B, D] of all micro-batches, in order.
             logit_scale: [1], what cosines are multiplied by; with the sigmoid loss logit_bias: [1], what is then added.
+            With multiscale, image_levels, text_levels: float32 unit vectors [B, n, D]; level_scales, level_biases: [n],
+            as for the embedding; level_shares: [n], the levels' weights, which sum to one.
         """
         self.step = micro_batches[0].step
         device = self.mean.device
         together = self.config.image.norm == "sync_batch"
-        images, texts = [], []
+        rows: list[dict[str, Tensor]] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
                 torch.manual_seed(seed)
                 if not together:
-                    images.append(self.encode_image(batch.images_BCHW))
+                    rows.append(self._image(batch.images_BCHW))
                 elif number == 0:
-                    images.append(self.encode_image(torch.cat([each.images_BCHW for each in micro_batches])))
-                texts.append(self.encode_text(batch.ids_BL, batch.mask_BL))
-        outputs = {"image": torch.cat(images), "text": torch.cat(texts), "logit_scale": self.log_scale.float().exp()}
+                    rows.append(self._image(torch.cat([each.images_BCHW for each in micro_batches])))
+                rows.append(self._text(batch.ids_BL, batch.mask_BL))
+        names = dict.fromkeys(name for part in rows for name in part)
+        outputs = {name: torch.cat([part[name] for part in rows if name in part]) for name in names}
+        outputs["logit_scale"] = self.log_scale.float().exp()
         if self.logit_bias is not None:
             outputs["logit_bias"] = self.logit_bias.float().clone()
+        if self.image_levels is not None:
+            outputs["level_scales"] = self.level_log_scales.float().exp()
+            outputs["level_shares"] = self.level_logits.float().softmax(0)
+            if self.level_biases is not None:
+                outputs["level_biases"] = self.level_biases.float().clone()
         return outputs
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] -> float32 unit vectors [B, D]."""
-        # Rearranged while a pixel is one byte.
-        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last).float()
-        normalized_BCHW = (images_BCHW / 255 - self.mean) / self.std
-        return F.normalize(self.image_projection(self.image(normalized_BCHW)).float(), dim=-1)
+        """uint8 images [B, 3, H, W] -> float32 unit vectors [B, D], without side heads that they do not need."""
+        if self.config.multiscale.fuse:
+            return self._image(images_BCHW)["image"]
+        return F.normalize(self.image_projection(self.image(self._normalized(images_BCHW))).float(), dim=-1)
 
     def encode_text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Token ids and mask, int64 [B, L] -> float32 unit vectors [B, D]."""
+        """Token ids and mask, int64 [B, L] -> float32 unit vectors [B, D], without side heads that they do not need."""
+        if self.config.multiscale.fuse:
+            return self._text(ids_BL, mask_BL)["text"]
         return F.normalize(self.text_projection(self.text(ids_BL, mask_BL)).float(), dim=-1)
+
+    def _image(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        if self.image_levels is None:
+            return {"image": self.encode_image(images_BCHW)}
+        levels, features_BD = tapped(self.image, self.image_taps, self._normalized(images_BCHW))
+        embedding_BD, levels_BnD = self.image_levels(levels, self.image_projection(features_BD))
+        return {"image": embedding_BD, "image_levels": levels_BnD}
+
+    def _text(self, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
+        if self.text_levels is None:
+            return {"text": self.encode_text(ids_BL, mask_BL)}
+        levels, features_BD = tapped(self.text, self.text_taps, ids_BL, mask_BL)
+        embedding_BD, levels_BnD = self.text_levels(levels, self.text_projection(features_BD), mask_BL)
+        return {"text": embedding_BD, "text_levels": levels_BnD}
+
+    def _normalized(self, images_BCHW: Tensor) -> Tensor:
+        # Rearranged while a pixel is one byte.
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last).float()
+        return (images_BCHW / 255 - self.mean) / self.std
+
+    def log_scales(self) -> list[nn.Parameter]:
+        """The parameters that stay within log_scale_range."""
+        return [self.log_scale] if self.image_levels is None else [self.log_scale, self.level_log_scales]
 
     def blank_micro_batch(self) -> MicroBatch:
         """The smallest micro-batch that goes through the model: two black images with captions of zeros."""

@@ -21,10 +21,10 @@ from train import distributed, norm
 from train.config import LossConfig, RunConfig
 from train.diagnostics import embedding_metrics
 from train.engine import Engine
-from train.loss import contrastive_loss
+from train.objective import objective
 
 Outputs = dict[str, Tensor]
-SCALARS = ("logit_scale", "logit_bias")
+SCALARS = ("logit_scale", "logit_bias", "level_scales", "level_biases", "level_shares")
 
 
 def training_step(
@@ -48,7 +48,7 @@ def training_step(
     with norm.recording(engine.module):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
-    loss, gradients = loss_gradients(outputs, config.loss, *row_ids(micro_batches, config.loss))
+    losses, gradients = loss_gradients(outputs, config, *row_ids(micro_batches, config.loss))
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.exchange(now=number == len(parts))
@@ -61,7 +61,7 @@ def training_step(
     count = config.train.global_batch // config.train.micro_batch
     norm.update_running(engine.module, distributed.all_reduce_sum, count)
     scale = float(outputs[0]["logit_scale"].detach())
-    metrics = {"loss": loss, "grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
+    metrics = losses | {"grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
     if measure:
         metrics |= engine.meter.read(applied, grad_norm, config.optim.clip_grad)
         metrics |= embedding_metrics(*(torch.cat([output[name] for output in outputs]) for name in ("image", "text")))
@@ -69,17 +69,19 @@ def training_step(
 
 
 def loss_gradients(
-    outputs: Sequence[Outputs], config: LossConfig, image_ids_B: Tensor | None = None, text_ids_B: Tensor | None = None
-) -> tuple[float, list[Outputs]]:
-    """The loss over the global batch and its gradient with respect to every part's outputs.
+    outputs: Sequence[Outputs], config: RunConfig, image_ids_B: Tensor | None = None, text_ids_B: Tensor | None = None
+) -> tuple[dict[str, float], list[Outputs]]:
+    """The objective over the global batch and its gradient with respect to every part's outputs.
 
     Args:
-        outputs: what the model returned for each part of this process's rows: features [rows, D] and scalars [1].
+        outputs: what the model returned for each part of this process's rows: features [rows, ...], and SCALARS, which
+            are the same in every part.
         image_ids_B, text_ids_B: equal numbers mark duplicates, for `loss.mask_duplicates`.
 
     Returns:
-        The global loss, and per part a tensor for every output. A process's loss is that of its own rows, so that the
-        mean over ranks is the global loss: features get the sum of all ranks' gradients, which the engine averages.
+        Losses of the global batch by the names of their metrics, and per part a tensor for every output. A process's
+        loss is that of its own rows, so that the mean over ranks is the global loss: features get the sum of all
+        ranks' gradients, which the engine averages.
     """
     names = [name for name in outputs[0] if name not in SCALARS]
     scalars = {name: outputs[0][name].detach().requires_grad_() for name in SCALARS if name in outputs[0]}
@@ -88,26 +90,18 @@ def loss_gradients(
 
     rows = own["image"].shape[0]
     start = rows * distributed.rank()
-    loss = contrastive_loss(
-        full["image"],
-        full["text"],
-        scalars["logit_scale"],
-        start=start,
-        stop=start + rows,
-        config=config,
-        bias=scalars.get("logit_bias"),
-        image_ids_B=image_ids_B,
-        text_ids_B=text_ids_B,
-    )
-    loss.backward()
+    ids = {"image_ids_B": image_ids_B, "text_ids_B": text_ids_B}
+    total, terms = objective(full | scalars, config, start=start, stop=start + rows, **ids)
+    total.backward()
 
     sizes = [output["image"].shape[0] for output in outputs]
     split = {name: distributed.reduce_scatter_rows(full[name].grad).split(sizes) for name in names}
     # Scalars come out of every part's forward; each part carries an equal share of their gradient.
     shares = {name: value.grad / len(outputs) for name, value in scalars.items()}
     gradients = [{name: split[name][part] for name in names} | shares for part in range(len(outputs))]
-    mean = distributed.all_reduce_sum(loss.detach().clone()) / distributed.world_size()
-    return float(mean), gradients
+    means = distributed.all_reduce_sum(torch.stack([value.detach() for value in terms.values()]))
+    means = (means / distributed.world_size()).tolist()
+    return dict(zip(terms, means, strict=True)), gradients
 
 
 def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:

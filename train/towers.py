@@ -61,21 +61,6 @@ class ImageTower(nn.Module):
         """Normalized images, float [B, 3, H, W] -> features [B, D]."""
         return self.backbone(images_BCHW)
 
-    def forward_stages(self, images_BCHW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The output of every stage by its name, bottom to top, and the features [B, D]."""
-        outputs: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable:
-            return lambda _module, _inputs, output: outputs.update({name: output})
-
-        handles = [self.backbone.get_submodule(name).register_forward_hook(keep(name)) for name in self.stages]
-        try:
-            features_BD = self.backbone(images_BCHW)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs, features_BD
-
     def layers(self) -> list[list[str]]:
         """Names of all parameters, grouped by layer (stem, then one per block), bottom to top."""
         return _layers(self, self.blocks)
@@ -115,10 +100,6 @@ class TextTower(nn.Module):
         """Token ids and mask (1: token, 0: padding), int64 [B, L] -> features [B, D]."""
         hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.pool(hidden_BLD, mask_BL)
-
-    def forward_states(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, ...]:
-        """The embeddings' and then every layer's hidden states [B, L, D], bottom to top."""
-        return self.encoder(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True).hidden_states
 
     def pool(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states [B, L, D] -> [B, D]: the first token's, or the mean over tokens that are not padding."""

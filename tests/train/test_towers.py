@@ -131,20 +131,6 @@ def test_layers_of_a_resnet():
     assert all(name.startswith("backbone.layer4.1.") for name in layers[-1])
 
 
-def test_stages_of_a_resnet(resnet18):
-    tower = ImageTower(ImageTowerConfig(name="resnet18"), 64).eval()
-    stages, features = tower.forward_stages(pixels(64))
-    assert {name: tuple(value.shape[1:]) for name, value in stages.items()} == {
-        "layer1": (64, 16, 16),
-        "layer2": (128, 8, 8),
-        "layer3": (256, 4, 4),
-        "layer4": (512, 2, 2),
-    }
-    torch.testing.assert_close(stages["layer4"].mean((2, 3)), features)
-    assert torch.equal(features, tower(pixels(64)))
-    assert not any(module._forward_hooks for module in tower.modules())
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_local_state_dict_is_loaded_exactly(tmp_path, resnet18, suffix):
     path = tmp_path / f"weights{suffix}"
@@ -248,9 +234,6 @@ def test_pooling(bert):
         torch.testing.assert_close(cls(ids, mask), states[:, 0])
         expected = torch.stack([row[:length].mean(0) for row, length in zip(states, mask.sum(1), strict=True)])
         torch.testing.assert_close(mean(ids, mask), expected)
-        hidden = mean.forward_states(ids, mask)
-        assert len(hidden) == 4
-        assert torch.equal(mean.pool(hidden[-1], mask), mean(ids, mask))
 
 
 def test_bert_base_from_scratch_needs_no_files(monkeypatch):
