@@ -5,9 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.distributed import run_distributed
-from tests.exactness import engine_environment, make_batch, make_config, write_text_tower
+from tests.exactness import LEVELS, engine_environment, make_batch, make_config, write_text_tower
 from tests.train import running
 from tests.train.running import curve, prepare, run
 from tests.train.test_run import assert_same_curve
@@ -27,8 +29,9 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     from train.model import build_model
     from train.step import training_step
 
-    config = make_config(text_tower, "tiled", global_batch=32)
+    config = make_config(text_tower, LEVELS, global_batch=32)
     config.optim.lr, config.optim.ema = 1e-3, DECAY
+    config.model.max_logit_scale = 14.0  # just below where scales start, so that every engine has to clamp them
     config.model.image.norm = "group"  # a smooth problem: BatchNorm over few values would amplify rounding
     accelerator = distributed.start()
     model, state = build_model(config, *STATISTICS), TrainState()
@@ -64,6 +67,13 @@ def files(directory: Path) -> dict[str, bytes]:
     return {name: (checkpoint / name).read_bytes() for name in TENSORS}
 
 
+def scales(directory: Path) -> list[float]:
+    """All logit scales of a checkpoint."""
+    (checkpoint,) = (directory / "checkpoints").glob("step_*")
+    weights = load_file(checkpoint / "model.safetensors")
+    return torch.cat([weights["log_scale"], weights["level_log_scales"]]).exp().tolist()
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """Two steps under DDP on two processes, saved; and the two that follow."""
@@ -88,6 +98,8 @@ def test_the_steps_after_a_change_of_engine_are_the_same(straight, tmp_path: Pat
     shutil.copytree(directory / "text", tmp_path / "text")
     shutil.copytree(directory / "two", tmp_path / "two")
     actual = leg(engine, world, tmp_path, "two", "four", 2)
+    assert scales(tmp_path / "four") == pytest.approx(scales(directory / "four"), rel=1e-5)
+    assert max(scales(tmp_path / "four")) < 14.0001
     for (loss, norm), (expected_loss, expected_norm) in zip(actual, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
