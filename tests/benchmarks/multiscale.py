@@ -1,0 +1,126 @@
+"""What multi-scale alignment costs: whole training steps with and without it, in turns, in one process.
+
+    python -m tests.benchmarks.multiscale [--size quickstart seed] [--steps 5] [--bf16] [--json]
+
+quickstart: ResNet-18 at 64 px and the architecture of MiniLM, 128 pairs of 8 tokens, two micro-batches at once.
+seed: ResNet-50 at 224 px and BERT-base, 8 pairs of 24 tokens. Random pixels and words; on a GPU where there is one.
+Time is the median of the ratios of neighbouring steps, by the CPU's clock (all threads; what other processes do hardly
+shows) and by the wall's. Memory is what autograd keeps of a step (launch/memory.py), and weights with AdamW's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+from transformers import BertConfig
+
+from data_pipeline.batch import MicroBatch
+from launch.memory import plan
+from train import distributed
+from train.config import RunConfig
+from train.engine import Engine
+from train.model import build_model
+from train.step import training_step
+
+STATISTICS = ((0.5,) * 3, (0.25,) * 3)
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+SIZES = {"quickstart": ("resnet18", 64, 8, 128), "seed": ("resnet50", 224, 24, 8)}
+
+
+def configure(size: str, directory: str, **multiscale: bool) -> RunConfig:
+    """A run of this size, with these fields of model.multiscale."""
+    config = RunConfig()
+    config.model.image.name, config.data.image_size, config.data.max_tokens, config.train.global_batch = SIZES[size]
+    config.model.text.weights = "scratch"
+    if size == "quickstart":
+        BertConfig(**MINILM).save_pretrained(directory)
+        config.model.text.name, config.model.embed_dim = directory, 256
+    config.train.resident = 2
+    config.train.micro_batch = config.train.global_batch // 2
+    for name, value in multiscale.items():
+        setattr(config.model.multiscale, name, value)
+    return config
+
+
+VARIANTS = {
+    "plain": {},
+    "multi-scale": {"enabled": True},
+    "multi-scale, cross-level attention, fused": {"enabled": True, "cross_level": True, "fuse": True},
+}
+
+
+def make_batch(config: RunConfig) -> list[MicroBatch]:
+    generator = torch.Generator().manual_seed(0)
+    rows, side, tokens = config.train.micro_batch, config.data.image_size, config.data.max_tokens
+    batches = []
+    for index in range(2):
+        images = torch.randint(0, 256, (rows, 3, side, side), generator=generator, dtype=torch.uint8)
+        ids = torch.randint(1000, 30000, (rows, tokens), generator=generator)
+        batches.append(MicroBatch(images, ids, torch.ones_like(ids), index=index, step=0, keys=[""] * rows))
+    return batches
+
+
+def timed(engine: Engine, batches: list[MicroBatch], config: RunConfig) -> tuple[float, float]:
+    """Seconds of one step by the CPU's clock and the wall's."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    training_step(engine, batches, config)  # ends in numbers on the host, so a GPU has finished
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def measure(size: str, steps: int, bf16: bool, accelerator, directory: str) -> dict:
+    configs = {name: configure(size, directory, **fields) for name, fields in VARIANTS.items()}
+    engines = {name: Engine(accelerator, build_model(one, *STATISTICS), one) for name, one in configs.items()}
+    batches = [batch.to(accelerator.device) for batch in make_batch(configs["plain"])]
+    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for number in range(steps + 1):
+        for name, engine in engines.items():
+            clock = timed(engine, batches, configs[name])
+            if number:  # not the first: it makes the optimizer's state
+                clocks[name].append(clock)
+    plans = {name: plan(config, 1, bf16) for name, config in configs.items()}
+    results = {}
+    for name in engines:
+        ratios = [
+            [own / plain for own, plain in zip(*pair, strict=True)]
+            for pair in zip(clocks[name], clocks["plain"], strict=True)
+        ]
+        results[name] = {
+            "cpu_seconds": round(statistics.median(cpu for cpu, _ in clocks[name]), 3),
+            "wall_seconds": round(statistics.median(wall for _, wall in clocks[name]), 3),
+            "cpu_ratio": round(statistics.median(cpu for cpu, _ in ratios), 3),
+            "wall_ratio": round(statistics.median(wall for _, wall in ratios), 3),
+            "activation_megabytes": round(plans[name].activations / 1e6, 1),
+            "state_megabytes": round(plans[name].state(0) / 1e6, 1),
+        }
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["quickstart"])
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each variant (default: 5)")
+    parser.add_argument("--bf16", action="store_true", help="autocast, as in the accelerate configs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    accelerator = distributed.start()
+    results: dict = {"device": str(accelerator.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for size in args.size:
+        with tempfile.TemporaryDirectory() as directory:
+            results[size] = measure(size, args.steps, args.bf16, accelerator, directory)
+    if args.json:
+        print(json.dumps(results))
+        return
+    for size in args.size:
+        for name, one in results[size].items():
+            print(f"{size:<12}{name:<44}" + "  ".join(f"{key} {value}" for key, value in one.items()))
+
+
+if __name__ == "__main__":
+    main()
