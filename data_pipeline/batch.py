@@ -47,6 +47,12 @@ class MicroBatch(_Batch):
     """One per row: "shard basename/sample key" of the sample that was consumed."""
     bad: list[dict] = field(default_factory=list)
     """Ledger records of replaced samples: step, row (of the global batch), shard, key, cause, replaced_by."""
+    views_BCHW: Tensor | None = None
+    """A second augmentation of the same images; where Extras ask for it."""
+    masked_BL: Tensor | None = None
+    """`ids_BL` with some words hidden; where Extras ask for it."""
+    targets_BL: Tensor | None = None
+    """int64: the hidden words, masking.UNMASKED elsewhere."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from data_pipeline.source import (
     Collate,
     Decode,
     DecodeOrReplace,
+    Extras,
     IndexedSource,
     Readers,
     Share,
@@ -35,7 +36,9 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import eval_transform
 from data_pipeline.workers import Loaded
 
-__all__ = ["EvalBatch", "MicroBatch", "eval_loader", "stream_loader", "train_loader"]
+__all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "stream_loader", "train_loader"]
+
+NO_EXTRAS = Extras()
 
 
 def train_loader(
@@ -52,6 +55,7 @@ def train_loader(
     start_step: int = 0,
     stop_step: int,
     stages: Sequence[Callable[[dict], dict]] = (),
+    extras: Extras = NO_EXTRAS,
 ) -> Iterable[MicroBatch]:
     """The micro-batches of this rank for steps [start_step, stop_step), in order.
 
@@ -59,17 +63,18 @@ def train_loader(
     bit for bit, for any number of ranks and loader processes, and wherever `start_step` is.
     stages: callables that take and give back a decoded sample: a dict with "image" (uint8 tensor [3, H, W]), "caption"
     (str), "__key__", "cls", and "rng", the random.Random to draw all chance from.
+    extras: second views and hidden words, by chance of their own: all else stays as it is without.
     Raises ValueError where the batch cannot be dealt; while iterating, for a shard that is not the manifest's.
     """
     share = _share(global_batch, micro_batch, rank, world, start_step, stop_step)
     readers = Readers(manifests, config)
     return _loaded(
         config,
-        tokenizer,
+        Collate(tokenizer, extras),
         micro_batch,
         stages,
         IndexedSource(readers, order, share, seed),
-        webdataset.map(DecodeOrReplace(Decode(config), readers)),
+        webdataset.map(DecodeOrReplace(Decode(config, extras), readers)),
     )
 
 
@@ -85,6 +90,7 @@ def stream_loader(
     start_step: int = 0,
     stop_step: int,
     stages: Sequence[Callable[[dict], dict]] = (),
+    extras: Extras = NO_EXTRAS,
 ) -> Iterable[MicroBatch]:
     """As train_loader, for shards without a manifest: data.train is a pattern of shard urls, read from front to back.
 
@@ -104,17 +110,18 @@ def stream_loader(
         )
     share = _share(global_batch, micro_batch, rank, world, start_step, stop_step)
     source = StreamSource(urls, f"{seed}/{start_step}", rank, world)
-    return _loaded(config, tokenizer, micro_batch, stages, source, StreamDecode(Decode(config), share, source.seed))
+    decode = StreamDecode(Decode(config, extras), share, source.seed)
+    return _loaded(config, Collate(tokenizer, extras), micro_batch, stages, source, decode)
 
 
 def _loaded(
-    config: DataConfig, tokenizer: Tokenizer, micro_batch: int, stages: Sequence[Callable], *decoded: Callable
+    config: DataConfig, collate: Collate, micro_batch: int, stages: Sequence[Callable], *decoded: Callable
 ) -> Loaded:
     """`decoded` (a source and the stages that decode), the stages of the user, and batching, as one pipeline."""
     pipeline = webdataset.DataPipeline(
         *decoded,
         *[webdataset.map(UserStage(stage)) for stage in stages],
-        webdataset.batched(micro_batch, collation_fn=Collate(tokenizer), partial=False),
+        webdataset.batched(micro_batch, collation_fn=collate, partial=False),
     )
     return Loaded(pipeline, workers=config.workers, prefetch=config.prefetch)
 

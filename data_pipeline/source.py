@@ -20,6 +20,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.captions import check_captions, pick_caption
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
+from data_pipeline.masking import Masking
 from data_pipeline.order import Mixture, Order, Position
 from data_pipeline.samples import BadSample, split
 from data_pipeline.shards import ShardReader
@@ -130,12 +131,22 @@ class IndexedSource:
                 yield {**raw, SLOT: Slot(step, index, row, chance, place)}
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What self-supervision needs beside image and caption."""
+
+    second_view: bool = False
+    """Another augmentation of every image, in the sample's "view". Stages of the user see it as the policy made it."""
+    mask: float = 0.0
+    """Share of the words that are hidden in another copy of every caption; 0: no copy."""
+
+
 class Decode:
     """Raw sample -> decoded sample."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, extras: Extras):
         check_captions(config.caption)
-        self.transform, self.caption = train_transform(config), config.caption
+        self.transform, self.caption, self.extras = train_transform(config), config.caption, extras
 
     def __call__(self, raw: dict, slot: Slot) -> dict:
         """Raises BadSample."""
@@ -146,7 +157,11 @@ class Decode:
         slot.name = sample_name(raw)
         for record in slot.bad:
             record["replaced_by"] = slot.name
-        return {"__key__": raw["__key__"], SLOT: slot, "image": image, "caption": caption, "cls": label, "rng": rng}
+        sample = {"__key__": raw["__key__"], SLOT: slot, "image": image, "caption": caption, "cls": label, "rng": rng}
+        if self.extras.second_view:
+            # Chance of its own: the first view and the caption are those of a run without.
+            sample["view"] = self.transform(data, random.Random(f"{slot.chance}/view"))
+        return sample
 
 
 class DecodeOrReplace:
@@ -208,12 +223,16 @@ class UserStage:
 class Collate:
     """Decoded samples -> MicroBatch."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, extras: Extras):
+        self.tokenizer, self.extras = tokenizer, extras
+        self.masking = Masking(tokenizer, extras.mask) if extras.mask else None
 
     def __call__(self, samples: list[dict]) -> MicroBatch:
         ids_BL, mask_BL = self.tokenizer([sample["caption"] for sample in samples])
         slot = samples[0][SLOT]
+        masked_BL = targets_BL = None
+        if self.masking is not None:
+            masked_BL, targets_BL = self.masking(ids_BL, [sample[SLOT].chance for sample in samples])
         return MicroBatch(
             images_BCHW=stacked([sample["image"] for sample in samples]),
             ids_BL=ids_BL,
@@ -222,6 +241,9 @@ class Collate:
             step=slot.step,
             keys=[sample[SLOT].name for sample in samples],
             bad=[record for sample in samples for record in sample[SLOT].bad],
+            views_BCHW=stacked([sample["view"] for sample in samples]) if self.extras.second_view else None,
+            masked_BL=masked_BL,
+            targets_BL=targets_BL,
         )
 
 

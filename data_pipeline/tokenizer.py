@@ -39,6 +39,8 @@ class Tokenizer:
             raise ValueError(f"--data.max_tokens is {max_tokens}: at least {least}, the special tokens and one more")
         self.name, self.max_tokens = name, max_tokens
         self.pad_id = int(self._tokenizer.pad_token_id)
+        self.mask_id: int | None = self._tokenizer.mask_token_id
+        self.special_ids = frozenset(special)
 
     @property
     def vocab_size(self) -> int:

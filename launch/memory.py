@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.loader import MicroBatch
 from train.config import RunConfig
 from train.model import build_model
+from train.multiscale import STAGES
 
 GB = 1e9
 RESERVE = 1.15
@@ -70,7 +70,9 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
 def loss_bytes(config: RunConfig, world: int) -> int:
     """Gathered features and their gradients, and the logits that exist at once with their gradient."""
     batch, width, tile = config.train.global_batch, config.model.embed_dim, config.loss.tile
-    features = 4 * batch * width * 4
+    levels = config.model.multiscale
+    vectors = 1 + levels.enabled * (len(levels.image_stages) or STAGES)
+    features = 4 * batch * width * 4 * vectors
     rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
     columns = min(tile, batch) if config.loss.rows == "tiled" else batch
     return features + 3 * rows * columns * 4
@@ -87,10 +89,7 @@ def _kept(model: torch.nn.Module, rows: int, tokens: int, bf16: bool) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    size = model.image_size
-    ids_BL = torch.zeros(rows, tokens, dtype=torch.int64)
-    images_BCHW = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
-    batch = MicroBatch(images_BCHW, ids_BL, torch.ones_like(ids_BL), index=0, step=0, keys=[""] * rows)
+    batch = model.blank_micro_batch(rows, tokens)
     with (
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.loader import MicroBatch
+from data_pipeline.masking import UNMASKED
 from tests.distributed import run_distributed, start_context
 from tests.wrong_schemes import sabotaged
 from train.config import RunConfig
@@ -25,7 +26,7 @@ from train.step import micro_batch_seed
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 LOSSES = ("full", "local", "tiled", "sigmoid")
-LEVELS = "tiled, multi-scale"
+LEVELS, SELF_SUPERVISED = "tiled, multi-scale", "tiled, self-supervised"
 ZERO_CONFIG = {
     "gradient_accumulation_steps": 1,
     "train_micro_batch_size_per_gpu": "auto",
@@ -57,6 +58,9 @@ def make_config(text_tower: str, loss: str, **train: int) -> RunConfig:
     config.loss.kind = "sigmoid" if loss == "sigmoid" else "softmax"
     config.loss.rows, config.loss.tile = (loss if loss in ("full", "local") else "tiled"), 5
     config.model.multiscale.enabled = config.model.multiscale.cross_level = loss == LEVELS
+    if loss == SELF_SUPERVISED:
+        ssl = config.model.self_supervision
+        ssl.image, ssl.text, ssl.hidden, ssl.dim = 0.5, 0.25, 48, 12
     config.optim.warmup_steps = 0
     config.train.micro_batch = 4
     for name, value in train.items():
@@ -82,20 +86,26 @@ def write_text_tower(directory: str | Path) -> str:
 
 
 def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:
-    """All micro-batches of one global batch: random images, and captions of several lengths."""
-    generator = torch.Generator().manual_seed(1000 + step)
+    """All micro-batches of one global batch: random images, and captions of several lengths with hidden words."""
+    generator, hiding = torch.Generator().manual_seed(1000 + step), torch.Generator().manual_seed(2000 + step)
     batches = []
     for index in range(config.train.global_batch // config.train.micro_batch):
         rows, length = config.train.micro_batch, 8 * int(torch.randint(1, 3, (1,), generator=generator))
         mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=generator)
+        images = torch.randint(0, 256, (rows, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        ids = torch.randint(0, VOCABULARY, (rows, length), generator=generator) * mask
+        hidden = (torch.rand(ids.shape, generator=hiding) < 0.05 + 0.3 * (index % 3)) & mask
         batches.append(
             MicroBatch(
-                torch.randint(0, 256, (rows, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
-                torch.randint(0, VOCABULARY, (rows, length), generator=generator) * mask,
+                images,
+                ids,
                 mask.long(),
                 index=index,
                 step=step,
                 keys=[f"{index}/{row}" for row in range(rows)],
+                views_BCHW=torch.randint(0, 256, images.shape, generator=hiding, dtype=torch.uint8),
+                masked_BL=ids.masked_fill(hidden, 3),
+                targets_BL=ids.masked_fill(~hidden, UNMASKED),
             )
         )
     return batches
@@ -122,6 +132,11 @@ def plain_gradients(config: RunConfig) -> tuple[float, dict[str, Tensor]]:
         levels = zip(images, texts, scales, strict=True)
         total = loss + sum(share * clip_loss(*level) for share, level in zip(shares, levels, strict=True))
         total = total - (shares * len(shares)).log().sum() / len(shares)
+    if config.model.self_supervision.image:
+        views = torch.cat([outputs["view"], outputs["other_view"]])
+        scores = (views @ views.T / config.model.self_supervision.temperature).fill_diagonal_(-torch.inf)
+        total = total + 0.5 * F.cross_entropy(scores, torch.arange(len(views)).roll(len(views) // 2))
+        total = total + 0.25 * outputs["words_loss"].sum() / sum((b.targets_BL != UNMASKED).sum() for b in batches)
     total.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -176,7 +191,7 @@ def step_gradients(text_tower: str, cases: Sequence[Case]) -> list[tuple[float, 
         config = make_config(text_tower, case.loss, global_batch=BATCH)
         share = BATCH // config.train.micro_batch // case.world
         config.train.resident = share // case.accumulation
-        kind = case.loss if case.loss == LEVELS else config.loss.kind
+        kind = case.loss if case.loss in (LEVELS, SELF_SUPERVISED) else config.loss.kind
         if kind not in engines:
             references[kind] = plain_gradients(config)
             model = build_model(config, (0.5,) * 3, (0.25,) * 3)

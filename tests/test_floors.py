@@ -23,7 +23,7 @@ FLOORS = {
         *("train.model", "train.loss", "train.objective", "train.optim", "train.balance", "train.retrieval"),
         *("train.history", "data_pipeline.loader"),
     ],
-    2: ["train." + name for name in ("towers", "multiscale", "norm", "cli", "diagnostics")],
+    2: ["train." + name for name in ("towers", "multiscale", "self_supervision", "norm", "cli", "diagnostics")],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
 }
@@ -41,6 +41,8 @@ STAIRS = {
     ("train.optim", "train.model"),
     ("train.objective", "train.loss"),
     ("train.multiscale", "train.towers"),
+    ("train.self_supervision", "train.towers"),
+    ("train.self_supervision", "data_pipeline.masking"),
     ("train.step", "train.engine"),
     ("train.checkpoint", "train.engine"),
     ("train.ema", "train.engine"),

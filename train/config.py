@@ -86,12 +86,31 @@ class MultiscaleConfig:
 
 
 @dataclass
+class SelfSupervisionConfig:
+    """Terms inside one modality, added to the contrastive loss (train/self_supervision.py)."""
+
+    image: float = 0.0
+    """Weight of the contrastive term between two views of every image; 0 is off. Costs a second pass of the tower."""
+    temperature: float = 0.1
+    """Of that term, fixed."""
+    hidden: int = 2048
+    """Width of the hidden layer of its projection head."""
+    dim: int = 256
+    """Length of the vectors that it compares."""
+    text: float = 0.0
+    """Weight of the masked-language loss on the captions; 0 is off. Costs a second pass of the text tower."""
+    mask: float = 0.15
+    """Share of the words that it hides."""
+
+
+@dataclass
 class ModelConfig:
     """Two towers and their projections into one space."""
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     multiscale: MultiscaleConfig = field(default_factory=MultiscaleConfig)
+    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
     embed_dim: int = 768
     """Length of the shared embedding."""
     projection_bias: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from data_pipeline.config import Source
-from data_pipeline.loader import MicroBatch, stream_loader, train_loader
+from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
 from data_pipeline.manifest import load_manifest
 from data_pipeline.order import build_order
 from data_pipeline.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class Feed:
 
     def batches(self, tokenizer: Tokenizer, start_step: int) -> Iterable[MicroBatch]:
         """This process's micro-batches of the steps from `start_step` on, in order."""
-        train = self.config.train
+        train, ssl = self.config.train, self.config.model.self_supervision
         share = {
             "seed": train.seed,
             "global_batch": train.global_batch,
@@ -53,6 +53,7 @@ class Feed:
             "world": distributed.world_size(),
             "start_step": start_step,
             "stop_step": self.steps,
+            "extras": Extras(second_view=ssl.image > 0, mask=ssl.mask if ssl.text > 0 else 0.0),
         }
         if self.config.data.mode == "stream":
             return stream_loader(self.config.data, tokenizer, **share)

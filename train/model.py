@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import MicroBatch
-from train import multiscale
+from data_pipeline.masking import UNMASKED
+from train import multiscale, self_supervision
 from train.config import ModelConfig, RunConfig
 from train.multiscale import LevelHeads, tapped
-from train.norm import convert
+from train.norm import convert, not_recording
+from train.self_supervision import ViewHead, WordHead
 from train.towers import ImageTower, TextTower
 
 # Where SigLIP starts (arXiv 2303.15343, section 3.2): most pairs of a batch are negatives, so the bias is low.
@@ -73,6 +76,10 @@ class PairModel(nn.Module):
         self.image_levels = self.text_levels = None
         if config.multiscale.enabled:
             self._add_levels(math.log(scale), sigmoid)
+        self_supervision.check(config)
+        ssl = config.self_supervision
+        self.image_ssl = ViewHead(self.image.width, ssl.hidden, ssl.dim) if ssl.image else None
+        self.text_ssl = WordHead(self.text) if ssl.text else None
         for tower in self._locked():
             tower.requires_grad_(False)
         self.step = 0
@@ -120,6 +127,8 @@ class PairModel(nn.Module):
             logit_scale: [1], what cosines are multiplied by; with the sigmoid loss logit_bias: [1], what is then added.
             With multiscale, image_levels, text_levels: float32 unit vectors [B, n, D]; level_scales, level_biases: [n],
             as for the embedding; level_shares: [n], the levels' weights, which sum to one.
+            With self-supervision, view, other_view: unit vectors of two views of every image; words_loss, words_count:
+            [B], the sum of the losses of a caption's hidden words, and their number.
         """
         self.step = micro_batches[0].step
         device = self.mean.device
@@ -128,11 +137,15 @@ class PairModel(nn.Module):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
                 torch.manual_seed(seed)
-                if not together:
-                    rows.append(self._image(batch.images_BCHW))
-                elif number == 0:
-                    rows.append(self._image(torch.cat([each.images_BCHW for each in micro_batches])))
+                shown = [] if together and number else micro_batches if together else [batch]
+                if shown:
+                    rows.append(self._image(_joined([each.images_BCHW for each in shown])))
                 rows.append(self._text(batch.ids_BL, batch.mask_BL))
+                # After the pair, whose dropout is then that of a run without.
+                if shown and self.image_ssl is not None:
+                    rows.append(self._other_view(_joined([each.views_BCHW for each in shown])))
+                if self.text_ssl is not None:
+                    rows.append(self._words(batch))
         names = dict.fromkeys(name for part in rows for name in part)
         outputs = {name: torch.cat([part[name] for part in rows if name in part]) for name in names}
         outputs["logit_scale"] = self.log_scale.float().exp()
@@ -158,11 +171,24 @@ class PairModel(nn.Module):
         return F.normalize(self.text_projection(self.text(ids_BL, mask_BL)).float(), dim=-1)
 
     def _image(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        taps = self.image_taps if self.image_levels is not None else []
+        levels, features_BD = tapped(self.image, taps, self._normalized(images_BCHW))
+        outputs, top_BD = {}, self.image_projection(features_BD)
         if self.image_levels is None:
-            return {"image": self.encode_image(images_BCHW)}
-        levels, features_BD = tapped(self.image, self.image_taps, self._normalized(images_BCHW))
-        embedding_BD, levels_BnD = self.image_levels(levels, self.image_projection(features_BD))
-        return {"image": embedding_BD, "image_levels": levels_BnD}
+            outputs["image"] = F.normalize(top_BD.float(), dim=-1)
+        else:
+            outputs["image"], outputs["image_levels"] = self.image_levels(levels, top_BD)
+        if self.image_ssl is not None:
+            outputs["view"] = self.image_ssl(features_BD)
+        return outputs
+
+    def _other_view(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+        with not_recording(self.image):
+            return {"other_view": self.image_ssl(self.image(self._normalized(views_BCHW)))}
+
+    def _words(self, batch: MicroBatch) -> dict[str, Tensor]:
+        loss_B, count_B = self.text_ssl(self.text.hidden_states(batch.masked_BL, batch.mask_BL), batch.targets_BL)
+        return {"words_loss": loss_B, "words_count": count_B}
 
     def _text(self, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
         if self.text_levels is None:
@@ -180,11 +206,14 @@ class PairModel(nn.Module):
         """The parameters that stay within log_scale_range."""
         return [self.log_scale] if self.image_levels is None else [self.log_scale, self.level_log_scales]
 
-    def blank_micro_batch(self) -> MicroBatch:
-        """The smallest micro-batch that goes through the model: two black images with captions of zeros."""
-        ids_BL = torch.zeros(2, 8, dtype=torch.int64)
-        images_BCHW = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return MicroBatch(images_BCHW, ids_BL, torch.ones_like(ids_BL), index=0, step=0, keys=["", ""])
+    def blank_micro_batch(self, rows: int = 2, tokens: int = 8) -> MicroBatch:
+        """A micro-batch of black images with captions of zeros; by default the smallest that goes through the model."""
+        ids_BL = torch.zeros(rows, tokens, dtype=torch.int64)
+        images_BCHW = torch.zeros(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        batch = MicroBatch(images_BCHW, ids_BL, torch.ones_like(ids_BL), index=0, step=0, keys=[""] * rows)
+        targets_BL = torch.full_like(ids_BL, UNMASKED)
+        targets_BL[:, ::7] = 0  # as many as are hidden in earnest
+        return replace(batch, views_BCHW=images_BCHW, masked_BL=ids_BL, targets_BL=targets_BL)
 
     def train(self, mode: bool = True) -> PairModel:
         """Training or evaluation mode; a tower that never learns stays in evaluation mode."""
@@ -199,6 +228,10 @@ class PairModel(nn.Module):
     def _locked(self) -> list[nn.Module]:
         towers = ((self.image, self.config.image), (self.text, self.config.text))
         return [tower for tower, config in towers if config.locked_until < 0]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], pretrained: bool = True) -> PairModel:

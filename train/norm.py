@@ -172,6 +172,19 @@ def recording(module: nn.Module) -> Iterator[None]:
             norm.recording = False
 
 
+@contextmanager
+def not_recording(module: nn.Module) -> Iterator[None]:
+    """Within it nothing is recorded: for a further pass of a micro-batch that has been recorded once."""
+    norms = [norm for norm in _norms(module) if norm.recording]
+    for norm in norms:
+        norm.recording = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.recording = True
+
+
 @torch.no_grad()
 def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], count: int) -> None:
     """Moves all running statistics by one step, to the mean over the micro-batches recorded since the last update.

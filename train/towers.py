@@ -98,8 +98,11 @@ class TextTower(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Token ids and mask (1: token, 0: padding), int64 [B, L] -> features [B, D]."""
-        hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        return self.pool(hidden_BLD, mask_BL)
+        return self.pool(self.hidden_states(ids_BL, mask_BL), mask_BL)
+
+    def hidden_states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Token ids and mask, int64 [B, L] -> the last layer's [B, L, D]."""
+        return self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
     def pool(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states [B, L, D] -> [B, D]: the first token's, or the mean over tokens that are not padding."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.exactness import ENGINES, LEVELS, LOSSES, run_cases, worlds
+from tests.exactness import ENGINES, LEVELS, LOSSES, SELF_SUPERVISED, run_cases, worlds
 from tests.wrong_schemes import SCHEMES
 
 TOLERANCE = 1e-5
@@ -16,7 +16,7 @@ def check(engine: str, world: int, losses: tuple[str, ...], accumulations: tuple
 
 @pytest.mark.parametrize(("engine", "world"), [("plain", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2)])
 def test_gradients_equal_one_plain_process(engine: str, world: int) -> None:
-    check(engine, world, ("tiled", "sigmoid", LEVELS))
+    check(engine, world, ("tiled", "sigmoid", LEVELS, SELF_SUPERVISED))
 
 
 @pytest.mark.slow
