@@ -35,14 +35,16 @@ PARTS = {
     "train.report": ["train.plots", "train.gallery"],
 }
 WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
-# Within floor 2: side heads stand on towers. Within 3: parameter groups are those of the model, the objective is a sum
-# of losses. Within 4: the engine is what a step and a checkpoint are made with; evaluation by hand loads a checkpoint.
+# Within floor 2: side heads stand on towers, the hub is asked in one place. Within 3: parameter groups are those of the
+# model, the objective is a sum of losses. Within 4: the engine is what a step and a checkpoint are made with;
+# evaluation by hand loads a checkpoint.
 STAIRS = {
     ("train.optim", "train.model"),
     ("train.objective", "train.loss"),
     ("train.multiscale", "train.towers"),
     ("train.self_supervision", "train.towers"),
     ("train.self_supervision", "data_pipeline.masking"),
+    ("train.pretrained", "data_pipeline.tokenizer"),
     ("train.step", "train.engine"),
     ("train.checkpoint", "train.engine"),
     ("train.ema", "train.engine"),

@@ -62,9 +62,9 @@ def sabotaged(scheme: str) -> Iterator[None]:
     wrong = SCHEMES.get(scheme)
     right = step.loss_gradients
 
-    def loss_gradients(*arguments: Any) -> tuple[float, list[dict]]:
-        loss, parts = right(*arguments)
-        return loss, wrong(parts, distributed.world_size())
+    def loss_gradients(*arguments: Any) -> tuple[dict, list[dict]]:
+        losses, parts = right(*arguments)
+        return losses, wrong(parts, distributed.world_size())
 
     if wrong is None:
         yield
