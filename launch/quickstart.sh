@@ -70,4 +70,4 @@ export DUET_PYTHON=$PYTHON
 
 report=$run/report/index.html
 [ -f "$report" ] || die "the run in $run ended without $report"
-echo "Done. Pictures, curves and results: $PWD/$report"
+echo "Done. Pictures, curves and results: $(realpath "$report")"
