@@ -61,7 +61,7 @@ class Balance:
             return
         state, keep = self.state, self.config.smoothing
         state["weight"] = keep * state.get("weight", 0.0) + (1 - keep)
-        state["sum"] = keep * state.get("sum", 0.0) + (1 - keep) * math.log(measures[0] / measures[1])
+        state["sum"] = keep * state.get("sum", 0.0) + (1 - keep) * (math.log(measures[0]) - math.log(measures[1]))
         ratio = state["sum"] / state["weight"]
         if self.config.reference == "start" and "reference" not in state:
             if step + 1 < self.settled:
