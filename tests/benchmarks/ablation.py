@@ -1,0 +1,117 @@
+"""Whether balance, multi-scale alignment, dataset statistics and image self-supervision help, and what they cost.
+
+    python -m tests.benchmarks.ablation --json [--seeds 3] [--steps 160] [--only baseline balance]
+
+Every variant trains in two regimes, with several seeds, for the same number of samples, on OpenMoji and Open Clip Art
+together (`python -m data_pipeline demo`, then with `--corpus openclipart`). A regime's baseline and its variants share
+all settings but the variant's own. Runs take turns by seed; finished ones are kept, so the command can be interrupted
+and given again. Held-out concepts are held out within each corpus; the other one may show the like of them, to all
+variants alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline import indexing
+
+CORPORA = ("openmoji", "openclipart")
+METRICS = ("t2i_R@1", "i2t_R@1", "t2i_R@10", "i2t_R@10")
+VARIANTS = {
+    "baseline": [],
+    "balance": ["--balance.kind", "gradient"],
+    "multiscale": ["--model.multiscale.enabled", "true"],
+    "both": ["--balance.kind", "gradient", "--model.multiscale.enabled", "true"],
+    "statistics": ["--data.normalize", "dataset"],
+    "views": ["--model.self_supervision.image", "0.5"],
+}
+TOWERS = ["--model.text.locked_until", "0", "--model.text.projection", "linear", "--model.embed_dim", "256"]
+REGIMES = {
+    "scratch": [*TOWERS, "--model.text.weights", "scratch", "--model.text.lr", "5e-4"],
+    "pretrained_text": [*TOWERS, "--model.text.lr", "1e-4"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--demo", type=Path, default=Path("data/demo"), help="demo data (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="run directories (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=160, help="steps of 128 pairs (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    train, val = (joined(options.demo, part, options.runs) for part in ("train", "val"))
+    for seed in range(options.seeds):
+        for regime in options.regimes:
+            for variant in options.only:
+                fields = [
+                    "--data.train",
+                    train,
+                    "--data.val",
+                    val,
+                    "--train.seed",
+                    seed,
+                    "--train.steps",
+                    options.steps,
+                ]
+                fields += [*REGIMES[regime], *VARIANTS[variant], "--runs_dir", options.runs, "--eval.every", 0]
+                run(run_name(regime, variant, seed), fields)
+    rows = [row(options.runs, regime, variant, options.seeds) for regime in options.regimes for variant in options.only]
+    print(json.dumps(rows, indent=2) if options.json else table(rows))
+
+
+def joined(demo: Path, part: str, out: Path) -> Path:
+    """The manifest of both corpora's `part`. Raises ValueError naming the command where one is missing."""
+    for corpus in CORPORA:
+        if not (demo / corpus / part / "manifest.json").exists():
+            raise ValueError(f"{demo / corpus} is missing: python -m data_pipeline demo {demo} --corpus {corpus}")
+    manifest = out / f"{part}.json"
+    if not manifest.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        shards = [str(path) for corpus in CORPORA for path in sorted((demo / corpus / part).glob("*.tar"))]
+        indexing.index([str(Path(shard).absolute()) for shard in shards], manifest, 2)
+    return manifest
+
+
+def run_name(regime: str, variant: str, seed: int) -> str:
+    return f"{regime}-{variant}-{seed}"
+
+
+def run(name: str, fields: Sequence[object]) -> None:
+    """Train, go on, or see that it is done."""
+    command = ["./launch/local.sh", "--engine", "cpu", "--processes", "1", "--precision", "bf16"]
+    command += ["--config", "train/configs/quickstart.yaml", "--data.normalize", "imagenet", "--name", name]
+    subprocess.run([*command, *map(str, fields)], check=True, stdout=subprocess.DEVNULL)
+
+
+def row(runs: Path, regime: str, variant: str, seeds: int) -> dict:
+    """Mean and standard error over seeds of every metric, in percent, and the median rate in samples per second."""
+    found = [runs / run_name(regime, variant, seed) for seed in range(seeds)]
+    results = [json.loads((path / "results.json").read_text())["val"] for path in found]
+    history = [json.loads(line) for path in found for line in (path / "metrics.jsonl").read_text().splitlines()]
+    summary: dict = {"regime": regime, "variant": variant, "seeds": seeds}
+    for name in METRICS:
+        values = [result[name] for result in results]
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        summary[name] = [statistics.mean(values), error]
+    rates = [record["samples_per_second"] for record in history if "samples_per_second" in record]
+    return summary | {"samples_per_second": statistics.median(rates)}
+
+
+def table(rows: Sequence[dict]) -> str:
+    lines = [f"| regime | variant | {' | '.join(METRICS)} | samples/s |", "|---|---|" + "---|" * (len(METRICS) + 1)]
+    for one in rows:
+        values = " | ".join("{:.1f} ± {:.1f}".format(*one[name]) for name in METRICS)
+        lines.append(f"| {one['regime']} | {one['variant']} | {values} | {one['samples_per_second']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
