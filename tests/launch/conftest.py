@@ -30,7 +30,7 @@ def submit(
 ) -> Callable[..., tuple[int, str]]:
     """submit.py in this process, on the cluster: submit(*arguments) is (exit status, what it says)."""
     monkeypatch.chdir(ROOT)
-    for name in ("PATH", "SLURM_CONF"):
+    for name in ("PATH", "SLURM_CONF", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, cluster.environment[name])
 
     def call(*arguments: str) -> tuple[int, str]:
