@@ -107,7 +107,6 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
             raise ValueError(f"--out: another index is writing {path}; wait for it") from None
         known = _load_partial(file)
         tasks = [(url, known[url].stamp if url in known else None) for url in urls]
-        done = 0
         try:
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -121,11 +120,12 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
                         faults[url] = result
                     elif result is not None:
                         known[url] = _append(file, result)
-                    done += 1
                     bar.update()
         except KeyboardInterrupt:
+            # Counted in the file: the interrupt may have come between the writing of a line and what follows it.
+            kept = _load_partial(file).keys() & set(urls)
             raise KeyboardInterrupt(
-                f"{done:,} of {len(urls):,} shards are indexed, in {partial}; the same command continues from there"
+                f"{len(kept):,} of {len(urls):,} shards are indexed, in {partial}; the same command continues from there"
             ) from None
         if faults:
             listed = "\n".join(f"  {faults[url]}" for url in urls if url in faults)

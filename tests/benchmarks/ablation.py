@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline import indexing
+from train.history import read_history
+from train.rundir import read_results
 
 CORPORA = ("openmoji", "openclipart")
 METRICS = ("t2i_R@1", "i2t_R@1", "t2i_R@10", "i2t_R@10")
@@ -87,15 +89,15 @@ def run_name(regime: str, variant: str, seed: int) -> str:
 def run(name: str, fields: Sequence[object]) -> None:
     """Train, go on, or see that it is done."""
     command = ["./launch/local.sh", "--engine", "cpu", "--processes", "1", "--precision", "bf16"]
-    command += ["--config", "train/configs/quickstart.yaml", "--data.normalize", "imagenet", "--name", name]
+    command += ["--config", "train/configs/quickstart.yaml", "--name", name]
     subprocess.run([*command, *map(str, fields)], check=True, stdout=subprocess.DEVNULL)
 
 
 def row(runs: Path, regime: str, variant: str, seeds: int) -> dict:
     """Mean and standard error over seeds of every metric, in percent, and the median rate in samples per second."""
     found = [runs / run_name(regime, variant, seed) for seed in range(seeds)]
-    results = [json.loads((path / "results.json").read_text())["val"] for path in found]
-    history = [json.loads(line) for path in found for line in (path / "metrics.jsonl").read_text().splitlines()]
+    results = [read_results(path)["val"] for path in found]
+    history = [record for path in found for record in read_history(path)]
     summary: dict = {"regime": regime, "variant": variant, "seeds": seeds}
     for name in METRICS:
         values = [result[name] for result in results]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import MicroBatch
+from tests.benchmarks.batches import random_batch
 from train import cli, distributed
 from train.balance import Balance
 from train.config import RunConfig
@@ -62,7 +62,7 @@ def measure(config: RunConfig, pairs: int) -> dict[str, float]:
         # on, off, off, on: what drifts in one direction adds to both alike
         measured = number % 4 in (0, 3)
         step = every * (number + 3) - 1 if measured else every * (number + 3)
-        batch = _batch(config, number, engine.device)
+        batch = [one.to(engine.device) for one in random_batch(config, max(number, 0))]
         began = {name: clock() for name, clock in clocks.items()}
         engine.set_lrs(number + 2, 2 * pairs + 2, balance.multipliers())
         metrics = training_step(engine, batch, config, measured)
@@ -83,21 +83,6 @@ def measure(config: RunConfig, pairs: int) -> dict[str, float]:
         "device": str(engine.device),
         "bf16": bf16,
     }
-
-
-def _batch(config: RunConfig, step: int, device: torch.device) -> list[MicroBatch]:
-    rows, size, tokens = config.train.micro_batch, config.data.image_size, config.data.max_tokens
-    return [
-        MicroBatch(
-            torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8),
-            torch.randint(1000, 30000, (rows, tokens)),
-            torch.ones(rows, tokens, dtype=torch.int64),
-            index=index,
-            step=max(step, 0),
-            keys=[f"{index}/{row}" for row in range(rows)],
-        ).to(device)
-        for index in range(config.train.global_batch // rows)
-    ]
 
 
 def _cpu_flags() -> str:

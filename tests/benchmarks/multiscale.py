@@ -22,6 +22,7 @@ from transformers import BertConfig
 
 from data_pipeline.batch import MicroBatch
 from launch.memory import plan
+from tests.benchmarks.batches import random_batch
 from train import distributed
 from train.config import RunConfig
 from train.engine import Engine
@@ -55,17 +56,6 @@ VARIANTS = {
 }
 
 
-def make_batch(config: RunConfig) -> list[MicroBatch]:
-    generator = torch.Generator().manual_seed(0)
-    rows, side, tokens = config.train.micro_batch, config.data.image_size, config.data.max_tokens
-    batches = []
-    for index in range(2):
-        images = torch.randint(0, 256, (rows, 3, side, side), generator=generator, dtype=torch.uint8)
-        ids = torch.randint(1000, 30000, (rows, tokens), generator=generator)
-        batches.append(MicroBatch(images, ids, torch.ones_like(ids), index=index, step=0, keys=[""] * rows))
-    return batches
-
-
 def timed(engine: Engine, batches: list[MicroBatch], config: RunConfig) -> tuple[float, float]:
     """Seconds of one step by the CPU's clock and the wall's."""
     cpu, wall = time.process_time(), time.perf_counter()
@@ -76,7 +66,7 @@ def timed(engine: Engine, batches: list[MicroBatch], config: RunConfig) -> tuple
 def measure(size: str, steps: int, bf16: bool, accelerator, directory: str) -> dict:
     configs = {name: configure(size, directory, **fields) for name, fields in VARIANTS.items()}
     engines = {name: Engine(accelerator, build_model(one, *STATISTICS), one) for name, one in configs.items()}
-    batches = [batch.to(accelerator.device) for batch in make_batch(configs["plain"])]
+    batches = [batch.to(accelerator.device) for batch in random_batch(configs["plain"])]
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for number in range(steps + 1):
         for name, engine in engines.items():

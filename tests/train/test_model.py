@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -29,14 +28,6 @@ def small_config(text_tower: str) -> RunConfig:
     config.model.text.name, config.model.text.weights = text_tower, "scratch"
     config.model.embed_dim = 24
     return config
-
-
-@pytest.fixture(scope="module")
-def text_tower(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture

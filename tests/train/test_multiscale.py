@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,14 +18,6 @@ from train.multiscale import AttentionPool, image_taps, widths
 from train.objective import objective, weighed
 from train.optim import param_groups
 from train.towers import ImageTower
-
-
-@pytest.fixture(scope="module")
-def text_tower(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture

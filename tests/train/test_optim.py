@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,14 +11,6 @@ from tests.train.test_model import small_config
 from train.config import OptimConfig, RunConfig
 from train.model import PairModel, build_model
 from train.optim import build_optimizer, lr_at, param_groups, set_lrs
-
-
-@pytest.fixture(scope="module")
-def text_tower(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture

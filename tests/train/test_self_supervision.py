@@ -14,14 +14,6 @@ from train.objective import objective
 from train.optim import param_groups
 
 
-@pytest.fixture(scope="module")
-def text_tower(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes).save_pretrained(directory)
-    return str(directory)
-
-
 @pytest.fixture
 def off(text_tower) -> RunConfig:
     return small_config(text_tower)
