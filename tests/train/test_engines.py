@@ -105,9 +105,16 @@ def test_the_steps_after_a_change_of_engine_are_the_same(straight, tmp_path: Pat
         assert norm == pytest.approx(expected_norm, rel=1e-3)
 
 
+ROUTES = {
+    "fewer and fewer processes": (("ddp", 4), ("ddp", 2), ("ddp", 1)),
+    "other engines": (("ddp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2)),
+    "both": (("zero3", 4), ("zero1", 2), ("zero2", 1)),
+}
+
+
 @pytest.mark.slow
-def test_a_run_that_changes_engines_has_the_curve_of_one_that_does_not(tmp_path: Path) -> None:
-    route = (("ddp", 4), ("zero2", 2), ("zero3", 2), ("ddp", 1))
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_a_run_that_moves_has_the_curve_of_one_that_does_not(tmp_path: Path, route: tuple) -> None:
     expected = prepare(tmp_path, steps=3 * len(route))
     expected.name, expected.optim.lr = "straight", 1e-4
     run(expected, tmp_path)
@@ -121,3 +128,13 @@ def test_a_run_that_changes_engines_has_the_curve_of_one_that_does_not(tmp_path:
         assert process.wait(timeout=120) == EXIT_PREEMPTED
     run(config, tmp_path, engine=route[-1][0], processes=route[-1][1])
     assert_same_curve(curve(config), curve(expected), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_same_world_goes_on_with_the_same_bytes(tmp_path: Path, engine: str) -> None:
+    write_text_tower(tmp_path / "text")
+    whole = leg(engine, 2, tmp_path, "", "whole", 4)
+    parts = leg(engine, 2, tmp_path, "", "two", 2) + leg(engine, 2, tmp_path, "two", "four", 2)
+    assert parts == whole
+    assert files(tmp_path / "four") == files(tmp_path / "whole")
