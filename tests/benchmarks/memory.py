@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import MicroBatch
+from tests.benchmarks.batches import random_batch
 from tests.benchmarks.loss import memory, reset_peak
 from tests.distributed import run_distributed
 from tests.exactness import ZERO_CONFIG
@@ -89,7 +89,7 @@ def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[st
     empty = 0 if on_gpu else memory("VmRSS")
     engine = Engine(accelerator, build_model(config, (0.5,) * 3, (0.25,) * 3), config)
     for step in range(2):
-        batches = [make_micro_batch(index, step, micro_batch).to(engine.device) for index in range(MICRO_BATCHES)]
+        batches = [batch.to(engine.device) for batch in random_batch(config, step)]
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -102,14 +102,6 @@ def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[st
         seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - empty
     return {"megabytes": peak / 1e6, "seconds": seconds, "micro_batch": micro_batch}
-
-
-def make_micro_batch(index: int, step: int, rows: int) -> MicroBatch:
-    """Random pixels and captions of the greatest length."""
-    generator = torch.Generator().manual_seed(index)
-    images = torch.randint(0, 256, (rows, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    ids = torch.randint(1, 1000, (rows, TOKENS), generator=generator)
-    return MicroBatch(images, ids, torch.ones_like(ids), index=index, step=step, keys=[""] * rows)
 
 
 if __name__ == "__main__":
