@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipeline.demo_corpus import replacing
 
@@ -106,9 +106,13 @@ def debian_packages(names: Sequence[str], folder: Path) -> Path:
     archives = folder / "archives"
     archives.mkdir(parents=True, exist_ok=True)
     print(f"fetching with apt: {', '.join(names)}", flush=True)
-    done = subprocess.run(
-        ["apt-get", "download", *names], cwd=archives, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
-    )
+    options: dict[str, Any] = {"cwd": archives, "capture_output": True, "text": True}
+    options["env"] = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(["apt-get", "download", *names], **options)
+    if done.returncode and os.geteuid() == 0:
+        # A fresh image has no lists of packages, and root may fetch them.
+        subprocess.run(["apt-get", "update"], **options)
+        done = subprocess.run(["apt-get", "download", *names], **options)
     if done.returncode:
         said = "\n  ".join(line for line in done.stderr.splitlines() if re.match(r"[EW]:", line))
         raise ValueError(f"apt could not fetch {', '.join(names)}; try: sudo apt-get update. apt said:\n  {said}")

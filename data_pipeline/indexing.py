@@ -125,7 +125,8 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
             # Counted in the file: the interrupt may have come between the writing of a line and what follows it.
             kept = _load_partial(file).keys() & set(urls)
             raise KeyboardInterrupt(
-                f"{len(kept):,} of {len(urls):,} shards are indexed, in {partial}; the same command continues from there"
+                f"{len(kept):,} of {len(urls):,} shards are indexed, in {partial}; "
+                "the same command continues from there"
             ) from None
         if faults:
             listed = "\n".join(f"  {faults[url]}" for url in urls if url in faults)
