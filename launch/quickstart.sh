@@ -10,7 +10,7 @@ usage() {
     cat <<TEXT
 Install, fetch the demo data, train and evaluate: ./launch/quickstart.sh [options] [--field value ...]
 
-  --processes N      training processes, which share the cores; default 1
+  --processes N      training processes, each on half of the cores (or its share of them); default 2
   --precision P      bf16 or fp32; default: bf16 where this CPU computes in it, else fp32
   --gpu              train on the GPUs of this host instead of its CPU cores; --processes is then one per GPU
   everything else    goes to \`python -m train\`, which lists its fields with --help
@@ -44,9 +44,14 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
-if [ "$engine" = cpu ]; then processes=${processes:-1}; fi
+if [ "$engine" = cpu ] && [ -z "$processes" ]; then processes=$(($(cores) > 1 ? 2 : 1)); fi
 if [ -n "$processes" ] && ! is_count "$processes"; then
     die "--processes $processes: expected a whole number of at least 1"
+fi
+if [ "$engine" = cpu ]; then
+    # As many threads for one process as for two: over how many a sum is split shows in its last digit, which training
+    # amplifies. So the curve is the same to the last bit.
+    share_cores "$((processes > 2 ? processes : 2))"
 fi
 if [ -z "$precision" ]; then
     precision=fp32

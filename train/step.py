@@ -84,8 +84,11 @@ def loss_gradients(
         ranks' gradients, which the engine averages.
     """
     names = [name for name in outputs[0] if name not in SCALARS]
-    scalars = {name: outputs[0][name].detach().requires_grad_() for name in SCALARS if name in outputs[0]}
-    own = {name: torch.cat([output[name].detach() for output in outputs]) for name in names}
+    # On a CPU float64 costs nothing beside the towers: rounded to float32 after the sums over ranks, gradients are the
+    # same to the last bit whoever owned which rows.
+    dtype = torch.float64 if outputs[0]["image"].device.type == "cpu" else torch.float32
+    scalars = {name: outputs[0][name].detach().to(dtype).requires_grad_() for name in SCALARS if name in outputs[0]}
+    own = {name: torch.cat([output[name].detach() for output in outputs]).to(dtype) for name in names}
     full = {name: distributed.all_gather_rows(value).requires_grad_() for name, value in own.items()}
 
     rows = own["image"].shape[0]
@@ -96,12 +99,17 @@ def loss_gradients(
 
     sizes = [output["image"].shape[0] for output in outputs]
     split = {name: distributed.reduce_scatter_rows(full[name].grad).split(sizes) for name in names}
+    # Means over ranks: the ranks' shares, each rounded by itself, would not add up to the same bits.
+    values = [value.detach().reshape(1) for value in terms.values()] + [value.grad for value in scalars.values()]
+    means = distributed.all_reduce_sum(torch.cat(values)) / distributed.world_size()
+    losses, *means = means.split([len(terms), *(len(value) for value in scalars.values())])
     # Scalars come out of every part's forward; each part carries an equal share of their gradient.
-    shares = {name: value.grad / len(outputs) for name, value in scalars.items()}
-    gradients = [{name: split[name][part] for name in names} | shares for part in range(len(outputs))]
-    means = distributed.all_reduce_sum(torch.stack([value.detach() for value in terms.values()]))
-    means = (means / distributed.world_size()).tolist()
-    return dict(zip(terms, means, strict=True)), gradients
+    shares = {name: mean / len(outputs) for name, mean in zip(scalars, means, strict=True)}
+    gradients = []
+    for part, output in enumerate(outputs):
+        whole = {name: split[name][part] for name in names} | shares
+        gradients.append({name: value.to(output[name].dtype) for name, value in whole.items()})
+    return dict(zip(terms, losses.tolist(), strict=True)), gradients
 
 
 def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:

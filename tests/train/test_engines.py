@@ -105,6 +105,7 @@ def test_the_steps_after_a_change_of_engine_are_the_same(straight, tmp_path: Pat
         assert norm == pytest.approx(expected_norm, rel=1e-3)
 
 
+LR = 3e-6  # that of tests/curves.py, which says why
 ROUTES = {
     "fewer and fewer processes": (("ddp", 4), ("ddp", 2), ("ddp", 1)),
     "other engines": (("ddp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2)),
@@ -116,10 +117,10 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_a_run_that_moves_has_the_curve_of_one_that_does_not(tmp_path: Path, route: tuple) -> None:
     expected = prepare(tmp_path, steps=3 * len(route))
-    expected.name, expected.optim.lr = "straight", 1e-4
+    expected.name, expected.optim.lr = "straight", LR
     run(expected, tmp_path)
     config = prepare(tmp_path, steps=3 * len(route))
-    config.optim.lr = 1e-4
+    config.optim.lr = LR
     for number, (engine, processes) in enumerate(route[:-1]):
         command = running.command(config, tmp_path, engine=engine, processes=processes)
         process = running.start(command, tmp_path / "route.log")

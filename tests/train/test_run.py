@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.train import running
-from tests.train.running import STEPS, curve, prepare, run, run_dir
+from tests.train.running import BATCH, STEPS, curve, prepare, run, run_dir
 from tests.train.small import write_data
 from train import checkpoint, cli, loop
 from train.__main__ import main
@@ -66,6 +67,18 @@ def test_more_processes_make_the_same_curve(straight, tmp_path: Path, engine: st
     config = prepare(tmp_path)
     run(config, tmp_path, engine=engine, processes=processes)
     assert_same_curve(curve(config), curve(straight), 1e-4)
+
+
+def test_two_processes_of_one_micro_batch_each_end_in_the_same_bytes_as_one(tmp_path: Path) -> None:
+    """At a learning rate that makes a difference in any last digit grow a thousandfold."""
+    config = prepare(tmp_path, micro_batch=BATCH // 2)
+    config.optim.lr, config.data.val = 1e-3, ""
+    config.loss.mask_duplicates, config.train.resident = True, 2
+    one, two = (replace(config, name=name) for name in ("one", "two"))
+    assert loop.run(one) == 0
+    run(two, tmp_path, engine="ddp", processes=2)
+    assert weights(two) == weights(one)
+    assert_same_curve(curve(two), curve(one), 1e-15)
 
 
 def test_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight, tmp_path: Path) -> None:
