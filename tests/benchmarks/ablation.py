@@ -49,7 +49,10 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    train, val = (joined(options.demo, part, options.runs) for part in ("train", "val"))
+    try:
+        train, val = (joined(options.demo, part, options.runs) for part in ("train", "val"))
+    except ValueError as error:
+        parser.error(str(error))
     for seed in range(options.seeds):
         for regime in options.regimes:
             for variant in options.only:
@@ -63,7 +66,16 @@ def main() -> None:
                     "--train.steps",
                     options.steps,
                 ]
-                fields += [*REGIMES[regime], *VARIANTS[variant], "--runs_dir", options.runs, "--eval.every", 0]
+                fields += [
+                    *REGIMES[regime],
+                    *VARIANTS[variant],
+                    "--runs_dir",
+                    options.runs,
+                    "--eval.every",
+                    0,
+                    "--checkpoint.keep",
+                    1,
+                ]
                 run(run_name(regime, variant, seed), fields)
     rows = [row(options.runs, regime, variant, options.seeds) for regime in options.regimes for variant in options.only]
     print(json.dumps(rows, indent=2) if options.json else table(rows))
