@@ -56,26 +56,9 @@ def main() -> None:
     for seed in range(options.seeds):
         for regime in options.regimes:
             for variant in options.only:
-                fields = [
-                    "--data.train",
-                    train,
-                    "--data.val",
-                    val,
-                    "--train.seed",
-                    seed,
-                    "--train.steps",
-                    options.steps,
-                ]
-                fields += [
-                    *REGIMES[regime],
-                    *VARIANTS[variant],
-                    "--runs_dir",
-                    options.runs,
-                    "--eval.every",
-                    0,
-                    "--checkpoint.keep",
-                    1,
-                ]
+                fields = ["--data.train", train, "--data.val", val, "--runs_dir", options.runs, "--train.seed", seed]
+                fields += ["--train.steps", options.steps, "--eval.every", 0, "--checkpoint.keep", 1]
+                fields += [*REGIMES[regime], *VARIANTS[variant]]
                 run(run_name(regime, variant, seed), fields)
     rows = [row(options.runs, regime, variant, options.seeds) for regime in options.regimes for variant in options.only]
     print(json.dumps(rows, indent=2) if options.json else table(rows))
