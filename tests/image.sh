@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the container image and tries it: tests/image.sh [options of the build, such as --volume /my/pip.conf:/etc/pip.conf:ro]
 # With Docker where its engine answers, else with buildah, which needs none (as root; apt-get install buildah debootstrap).
-# 25 GB of disk and some minutes, so it is no part of the test suite. The demo data (launch/quickstart.sh fetches it) is
+# 15 GB of disk (twice that on vfs) and some ten minutes, so it is no part of the test suite. The demo data (launch/quickstart.sh fetches it) is
 # taken from DUET_DATA (data/demo).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,7 +22,12 @@ if docker info >/dev/null 2>&1; then
     inside() { docker run --rm --ipc host -e WANDB_API_KEY= "${volumes[@]}" --entrypoint "$1" "$image" "${@:2}"; }
     inside_as_root() { docker run --rm --user 0 --entrypoint "$1" "$image" "${@:2}"; }
 else
-    export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} # the one that works everywhere; it copies every layer
+    # vfs works everywhere, but copies every layer.
+    if [ -z "${STORAGE_DRIVER:-}" ]; then
+        STORAGE_DRIVER=overlay
+        STORAGE_DRIVER=overlay buildah info >/dev/null 2>&1 || STORAGE_DRIVER=vfs
+    fi
+    export STORAGE_DRIVER
     build() {
         buildah inspect --type image "$base" >/dev/null 2>&1 || buildah pull "$base" || make_base
         buildah bud --format docker --isolation chroot --network host --pull-never "$@" -f docker/Dockerfile -t "$image" .

@@ -75,7 +75,7 @@ def test_requeued_then_cancelled_then_finished_it_is_one_run(cluster, submit, co
 @pytest.mark.slow
 def test_a_lost_node_has_the_run_go_on_with_the_other_and_grow_again(cluster, config, tmp_path):
     """The daemon of a node and all of its processes die at once; the job asked for one to two nodes."""
-    config.train.steps, config.checkpoint.every = 60, 2
+    config.train.steps, config.checkpoint.every = 160, 2
     out = tmp_path / "out"
     options = ("--nodes=1-2", "--export=ALL,DUET_RETRY_AFTER=1,DUET_STEP_WAIT=20", f"--output={out}")
     job = cluster.submit(*options, arguments=arguments(config, tmp_path))
