@@ -17,19 +17,22 @@ from data_pipeline.manifest import load_manifest, write_atomically
 from data_pipeline.shards import ShardWriter
 
 RECORD = "corpus.json"
+CLASS_NAMES = "classnames.txt"
 SAMPLES_PER_SHARD = 512
 
 
 @dataclass(frozen=True)
 class Example:
     """One picture: a key unique in its corpus, captions (the plainest first), the image and its extension, and the
-    names that tie it to others of the same concept. Its pixels tie it to identical pictures without being named."""
+    names that tie it to others of the same concept. Its pixels tie it to identical pictures without being named.
+    `label` names its class, where the corpus has classes and knows this one's."""
 
     key: str
     captions: tuple[str, ...]
     extension: str
     image: bytes
     names: frozenset[str]
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def write_shards(examples: Iterable[Example], folder: Path, *, first_caption: bo
         for example in examples:
             captions = example.captions[:1] if first_caption else example.captions
             label = json.dumps({"captions": captions}, ensure_ascii=False).encode()
-            writer.write(example.key, {example.extension: example.image, "json": label})
+            members = {example.extension: example.image, "json": label}
+            if example.label is not None:
+                members["cls"] = example.label.encode()
+            writer.write(example.key, members)
     return index(writer.paths, folder / "manifest.json", workers=1).nsamples
 
 
@@ -120,6 +126,7 @@ def build(
     """Write `out`/{train,val}, licences and RECORD, unless `out` is whole and of the same recipe. Returns the record.
 
     examples: makes the examples, and counts of what was left out by cause. licences: writes them into the folder given.
+    Where examples have labels, CLASS_NAMES lists them, one a line.
     `out` appears under its name when all of it is on the disk; one of another recipe is replaced.
     """
     recipe = {**recipe, "held_out": held_out, "variants": variants}
@@ -139,6 +146,8 @@ def build(
             "val": write_shards(parts.val, folder / "val", first_caption=True),
             "left_out": {**dropped, **parts.left_out},
         }
+        if labels := sorted({example.label for example in made if example.label is not None}):
+            write_atomically(folder / CLASS_NAMES, "".join(f"{label}\n" for label in labels).encode())
         licences(folder)
         write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     return record

@@ -70,7 +70,7 @@ def openclipart(out: Path, downloads: Path, limit: int) -> dict[str, Any]:
         shutil.copy(documents / "openclipart-svg" / "copyright", folder / "LICENSE-OPENCLIPART.txt")
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
 
-    recipe = {"version": 1, "sources": list(PACKAGES), "size": SIZE, "limit": limit}
+    recipe = {"version": 2, "sources": list(PACKAGES), "size": SIZE, "limit": limit}
     return build(out, recipe, examples, licences, held_out=HELD_OUT, variants=VARIANTS)
 
 
@@ -101,7 +101,7 @@ def read_examples(root: Path, limit: int) -> tuple[list[Example], dict[str, int]
             dropped[f"pictures that are missing, damaged or over {MAX_PIXELS:,} pixels"] += 1
         else:
             key = re.sub(r"[^\w/-]", "_", name.as_posix())
-            made.append(Example(key, captions, "png", image, keys_of(captions)))
+            made.append(Example(key, captions, "png", image, keys_of(captions), label_of(name)))
     return made, dict(dropped)
 
 
@@ -175,6 +175,12 @@ def keys_of(captions: tuple[str, ...]) -> frozenset[str]:
     """Key that ties drawings into one concept: the plain caption, singular or plural, without its numbers."""
     words = [word.removesuffix("s") for word in re.findall(r"[^\W\d_]+", captions[0])]
     return frozenset({"caption " + " ".join(words)})
+
+
+def label_of(name: Path) -> str | None:
+    """The class of a picture, for zero-shot classification: the library's top folder in words; None where unsorted."""
+    folder = _words(name.parts[0])
+    return None if folder == "unsorted" else folder
 
 
 def reduced(path: Path) -> bytes | None:

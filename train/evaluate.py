@@ -23,7 +23,7 @@ from train.features import Autocast, Evaluation, encode
 from train.model import PairModel
 from train.probe import probe_metrics, split_by_key
 from train.retrieval import RECALL_AT, retrieval_metrics
-from train.zeroshot import TEMPLATES, class_features, class_indices, classes_of, read_lines, zeroshot_metrics
+from train.zeroshot import TEMPLATES, class_features, class_indices, labelled, read_lines, zeroshot_metrics
 
 
 def evaluate(
@@ -87,24 +87,24 @@ def run_task(options: argparse.Namespace) -> dict[str, float]:
     if options.task == "retrieval":
         return evaluate(model, config, tokenizer, manifest, autocast=accelerator.autocast).metrics
 
-    features = encode(model, config, tokenizer, manifest, autocast=accelerator.autocast)
+    tested = labelled(encode(model, config, tokenizer, manifest, autocast=accelerator.autocast))
+    counts = {"n_unlabelled": float(tested.n_unlabelled)}
     if options.task == "zeroshot":
         names = read_lines("--classnames", options.classnames)
         templates = read_lines("--templates", options.templates) if options.templates else TEMPLATES
-        rows_N = class_indices(features, names)
+        rows_N = class_indices(tested.keys, tested.classes, names)
         class_CD = class_features(
             model, tokenizer, names, templates, size=config.eval.batch, autocast=accelerator.autocast
         )
-        return zeroshot_metrics(features.image_ND, class_CD, rows_N)
+        return zeroshot_metrics(tested.image_ND, class_CD, rows_N) | counts
 
-    test_ND, test_classes = features.image_ND, classes_of(features)
     if options.fit:
-        fitting = encode(model, config, tokenizer, load_manifest(options.fit), autocast=accelerator.autocast)
-        return probe_metrics(fitting.image_ND, classes_of(fitting), test_ND, test_classes)
-    tested_N = split_by_key(features.keys)
-    rows = torch.as_tensor(tested_N, device=test_ND.device)
-    fit_classes, test_classes = (list(compress(test_classes, chosen)) for chosen in (~tested_N, tested_N))
-    return probe_metrics(test_ND[~rows], fit_classes, test_ND[rows], test_classes)
+        fitting = labelled(encode(model, config, tokenizer, load_manifest(options.fit), autocast=accelerator.autocast))
+        return probe_metrics(fitting.image_ND, fitting.classes, tested.image_ND, tested.classes) | counts
+    tested_N = split_by_key(tested.keys)
+    rows = torch.as_tensor(tested_N, device=tested.image_ND.device)
+    fit_classes, test_classes = (list(compress(tested.classes, chosen)) for chosen in (~tested_N, tested_N))
+    return probe_metrics(tested.image_ND[~rows], fit_classes, tested.image_ND[rows], test_classes) | counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

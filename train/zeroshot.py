@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,25 +47,36 @@ def class_features(
     return F.normalize(text_MD.view(len(names), len(templates), -1).mean(1), dim=-1)
 
 
-def classes_of(features: Features) -> list[str]:
-    """The class of every image. Raises ValueError where a sample has none."""
-    classes = []
-    for key, content in zip(features.keys, features.classes, strict=True):
-        if content is None:
-            raise ValueError(f"sample {key} has no class: each sample needs a `cls` member (a number or a name)")
-        classes.append(content)
-    return classes
+class Labelled(NamedTuple):
+    """The images that have a class, [N, D], with their keys and classes, and how many images have none."""
+
+    image_ND: Tensor
+    keys: list[str]
+    classes: list[str]
+    n_unlabelled: int
 
 
-def class_indices(features: Features, names: Sequence[str]) -> np.ndarray:
+def labelled(features: Features) -> Labelled:
+    """The images whose sample has a class. Raises ValueError where none has."""
+    pairs = [(row, content) for row, content in enumerate(features.classes) if content is not None]
+    if not pairs:
+        raise ValueError(
+            f"none of the {len(features.keys)} samples has a class: give them a `cls` member (a number or a name)"
+        )
+    rows, classes = map(list, zip(*pairs, strict=True))
+    chosen = torch.tensor(rows, device=features.image_ND.device)
+    keys = [features.keys[row] for row in rows]
+    return Labelled(features.image_ND[chosen], keys, classes, len(features.keys) - len(rows))
+
+
+def class_indices(keys: Sequence[str], classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """For each image the row of its class in `names`: its class is that row, counted from 0, or the name itself.
 
     Raises:
-        ValueError: a sample without a class, or of a class that is not in the list.
+        ValueError: naming the key of a class that is not in the list.
     """
     row_of = {str(row): row for row in range(len(names))} | {name: row for row, name in enumerate(names)}
-    classes = classes_of(features)
-    for key, content in zip(features.keys, classes, strict=True):
+    for key, content in zip(keys, classes, strict=True):
         if content not in row_of:
             raise ValueError(f"--classnames: sample {key} has class {content!r}, not one of the {len(names)} listed")
     return np.array([row_of[content] for content in classes])

@@ -88,6 +88,26 @@ def test_metadata_is_read_with_namespaces_declared_elsewhere():
     assert demo_openclipart.read_metadata("<rdf:RDF><broken></rdf:RDF>") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "label"), [("signs_and_symbols/flags/chad", "signs and symbols"), ("unsorted/007", None)]
+)
+def test_clip_art_is_classed_by_its_top_folder(name, label):
+    assert demo_openclipart.label_of(Path(name)) == label
+
+
+def test_shards_carry_classes_where_they_are_known(tmp_path):
+    examples = [
+        Example(str(key), (f"caption {key}",), "png", bytes([key]), frozenset({str(key)}), "b" if key % 3 else None)
+        for key in range(40)
+    ]
+    build(tmp_path / "c", {}, lambda: (examples, {}), lambda folder: None, held_out=0.3, variants=1)
+    (shard,) = load_manifest(tmp_path / "c" / "train").shards
+    reader = ShardReader(shard.url, shard)
+    raws = [reader.raw(row) for row in range(len(reader))]
+    assert all(raw.get("cls") == (b"b" if int(raw["__key__"]) % 3 else None) for raw in raws)
+    assert (tmp_path / "c" / "classnames.txt").read_text() == "b\n"
+
+
 def test_transparent_pixels_do_not_bleed_when_reduced(tmp_path):
     pixels = np.zeros((600, 600, 4), np.uint8)
     pixels[:, 300:] = (255, 0, 0, 255)

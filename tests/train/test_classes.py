@@ -12,7 +12,7 @@ from tests.train.small import small_config
 from train.features import Features
 from train.model import build_model
 from train.probe import fit, linear, probe_metrics, split_by_key
-from train.zeroshot import accuracy, class_features, class_indices, classes_of, read_lines, zeroshot_metrics
+from train.zeroshot import accuracy, class_features, class_indices, labelled, read_lines, zeroshot_metrics
 
 
 def features(classes: list[str | None]) -> Features:
@@ -80,18 +80,22 @@ def test_a_template_has_one_place_for_the_name(template):
 
 
 def test_classes_are_numbers_or_names():
-    assert class_indices(features(["1", "red", "0", "blue"]), ["blue", "red"]).tolist() == [1, 1, 0, 0]
+    assert class_indices(list("abcd"), ["1", "red", "0", "blue"], ["blue", "red"]).tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("content", ["2", "-1", "green"])
 def test_a_class_that_is_not_listed_is_named(content):
     with pytest.raises(ValueError, match=f"--classnames: sample part-000000.tar/1 has class '{content}'"):
-        class_indices(features(["0", content]), ["blue", "red"])
+        class_indices([f"part-000000.tar/{row}" for row in range(2)], ["0", content], ["blue", "red"])
 
 
-def test_a_sample_without_a_class_is_named():
-    with pytest.raises(ValueError, match=r"sample part-000000.tar/1 has no class"):
-        classes_of(features(["0", None]))
+def test_samples_without_a_class_are_left_out_and_counted():
+    some = features(["0", None, "1", None, "0"])
+    found = labelled(some)
+    assert found.keys == [some.keys[row] for row in (0, 2, 4)] and found.classes == ["0", "1", "0"]
+    assert torch.equal(found.image_ND, some.image_ND[[0, 2, 4]]) and found.n_unlabelled == 2
+    with pytest.raises(ValueError, match="none of the 2 samples has a class"):
+        labelled(features([None, None]))
 
 
 def test_lines_of_a_file(tmp_path):

@@ -84,7 +84,7 @@ def test_other_data(finished):
 
 def test_zeroshot(finished):
     found = metrics(finished, "zeroshot")
-    assert (found["n_images"], found["n_classes"], found["chance_top1"]) == (12, 4, 25)
+    assert (found["n_images"], found["n_classes"], found["chance_top1"], found["n_unlabelled"]) == (12, 4, 25, 0)
     assert 0 <= found["top1"] <= found["top5"] <= 100
 
 
@@ -101,7 +101,7 @@ def test_probe(finished):
     [
         ("no names", "--task zeroshot needs --classnames FILE"),
         ("few names", "--classnames: sample part-000000.tar/0002 has class '2', not one of the 2 listed"),
-        ("no classes", "sample part-000000.tar/0000 has no class"),
+        ("no classes", "none of the 4 samples has a class"),
         ("no data", "nowhere"),
         ("no run", "nowhere: there is no complete checkpoint"),
     ],

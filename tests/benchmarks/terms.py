@@ -1,6 +1,6 @@
-"""What multi-scale alignment costs: whole training steps with and without it, in turns, in one process.
+"""What the optional terms of a step cost: whole training steps with and without them, in turns, in one process.
 
-    python -m tests.benchmarks.multiscale [--size quickstart seed] [--steps 5] [--bf16] [--json]
+    python -m tests.benchmarks.terms [--variants multi-scale ...] [--size quickstart seed] [--steps 5] [--bf16] [--json]
 
 quickstart: ResNet-18 at 64 px and the architecture of MiniLM, 128 pairs of 8 tokens, two micro-batches at once.
 seed: ResNet-50 at 224 px and BERT-base, 8 pairs of 24 tokens. Random pixels and words; on a GPU where there is one.
@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import BertConfig
@@ -34,8 +35,8 @@ MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
 SIZES = {"quickstart": ("resnet18", 64, 8, 128), "seed": ("resnet50", 224, 24, 8)}
 
 
-def configure(size: str, directory: str, **multiscale: bool) -> RunConfig:
-    """A run of this size, with these fields of model.multiscale."""
+def configure(size: str, directory: str, multiscale: dict[str, bool], self_supervision: dict[str, float]) -> RunConfig:
+    """A run of this size, with these fields of model.multiscale and model.self_supervision."""
     config = RunConfig()
     config.model.image.name, config.data.image_size, config.data.max_tokens, config.train.global_batch = SIZES[size]
     config.model.text.weights = "scratch"
@@ -46,13 +47,17 @@ def configure(size: str, directory: str, **multiscale: bool) -> RunConfig:
     config.train.micro_batch = config.train.global_batch // 2
     for name, value in multiscale.items():
         setattr(config.model.multiscale, name, value)
+    for name, value in self_supervision.items():
+        setattr(config.model.self_supervision, name, value)
     return config
 
 
-VARIANTS = {
-    "plain": {},
-    "multi-scale": {"enabled": True},
-    "multi-scale, cross-level attention, fused": {"enabled": True, "cross_level": True, "fuse": True},
+VARIANTS: dict[str, tuple[dict[str, bool], dict[str, float]]] = {
+    "plain": ({}, {}),
+    "multi-scale": ({"enabled": True}, {}),
+    "multi-scale, fused": ({"enabled": True, "cross_level": True, "fuse": True}, {}),
+    "image self-supervision": ({}, {"image": 1.0}),
+    "text self-supervision": ({}, {"text": 1.0}),
 }
 
 
@@ -63,14 +68,16 @@ def timed(engine: Engine, batches: list[MicroBatch], config: RunConfig) -> tuple
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def measure(size: str, steps: int, bf16: bool, accelerator, directory: str) -> dict:
-    configs = {name: configure(size, directory, **fields) for name, fields in VARIANTS.items()}
+def measure(size: str, variants: Sequence[str], steps: int, bf16: bool, accelerator, directory: str) -> dict:
+    configs = {name: configure(size, directory, *VARIANTS[name]) for name in ("plain", *variants)}
     engines = {name: Engine(accelerator, build_model(one, *STATISTICS), one) for name, one in configs.items()}
-    batches = [batch.to(accelerator.device) for batch in random_batch(configs["plain"])]
+    batches = {
+        name: [batch.to(accelerator.device) for batch in random_batch(config)] for name, config in configs.items()
+    }
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for number in range(steps + 1):
         for name, engine in engines.items():
-            clock = timed(engine, batches, configs[name])
+            clock = timed(engine, batches[name], configs[name])
             if number:  # not the first: it makes the optimizer's state
                 clocks[name].append(clock)
     plans = {name: plan(config, 1, bf16) for name, config in configs.items()}
@@ -93,6 +100,8 @@ def measure(size: str, steps: int, bf16: bool, accelerator, directory: str) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = [name for name in VARIANTS if name != "plain"]
+    parser.add_argument("--variants", nargs="+", choices=chosen, default=chosen, help="beside the plain step (all)")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["quickstart"])
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each variant (default: 5)")
     parser.add_argument("--bf16", action="store_true", help="autocast, as in the accelerate configs")
@@ -103,13 +112,13 @@ def main() -> None:
     results: dict = {"device": str(accelerator.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     for size in args.size:
         with tempfile.TemporaryDirectory() as directory:
-            results[size] = measure(size, args.steps, args.bf16, accelerator, directory)
+            results[size] = measure(size, args.variants, args.steps, args.bf16, accelerator, directory)
     if args.json:
         print(json.dumps(results))
         return
     for size in args.size:
         for name, one in results[size].items():
-            print(f"{size:<12}{name:<44}" + "  ".join(f"{key} {value}" for key, value in one.items()))
+            print(f"{size:<12}{name:<26}" + "  ".join(f"{key} {value}" for key, value in one.items()))
 
 
 if __name__ == "__main__":
