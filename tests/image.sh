@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the container image and tries it: tests/image.sh [options of the build, such as --volume /my/pip.conf:/etc/pip.conf:ro]
 # With Docker where its engine answers, else with buildah, which needs none (as root; apt-get install buildah debootstrap).
-# 15 GB of disk (twice that on vfs) and some ten minutes, so it is no part of the test suite. The demo data (launch/quickstart.sh fetches it) is
-# taken from DUET_DATA (data/demo).
+# 15 GB of disk (twice that on vfs) and some ten minutes, so it is no part of the test suite. The demo data, which
+# launch/quickstart.sh fetches, is taken from DUET_DATA (data/demo).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -78,7 +78,15 @@ lasts() { # three steps, evaluation and report of the quickstart
         [ "$(grep -c '"loss"' "$work/runs/quickstart/metrics.jsonl")" = 3 ] &&
         [ -s "$work/runs/quickstart/report/index.html" ]
 }
+compose() { # of either client, where there is one (as root: apt-get install docker-compose)
+    if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi
+}
 
+if docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; then
+    check "compose.yaml" compose -f docker/compose.yaml --profile two config
+else
+    echo "skip  compose.yaml: neither docker compose nor docker-compose is installed"
+fi
 build "$@"
 check "runs as user 1000" is_1000
 check "three training steps of the quickstart" lasts

@@ -1,4 +1,4 @@
-"""The cloud manifests: read by their own clients and schemas, and what they have each host run."""
+"""The manifests of clouds and compose: read by their own clients and schemas, and what they have each host run."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 JOBSET = yaml.safe_load((ROOT / "launch/cloud/kubernetes.yaml").read_text())
 JOB = JOBSET["spec"]["replicatedJobs"][0]
 POD = JOB["template"]["spec"]["template"]["spec"]
+COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 SKYPILOT = ROOT / "launch/cloud/skypilot.yaml"
 # Stands in for a Python on a host with eight GPUs; says what it was asked to run.
 PYTHON = """#!/bin/bash
@@ -79,6 +80,17 @@ def test_skypilots_hosts_are_one_run(host):
     assert "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500" in launch
     expected = "--num_processes 16 -m train --config train/configs/seed.yaml --data.train /data/train --name duet"
     assert launch.endswith(f"{expected} --runs_dir /runs")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_two_containers_of_compose_are_one_run(host, rank):
+    service = COMPOSE["services"][f"node{rank}"]
+    assert service["profiles"] == ["two"] and service["hostname"] == f"node{rank}"
+    shell, option, script = service["command"]
+    assert (shell, option) == ("bash", "-c")
+    launch = host(script.replace("$$", "$"), {"DUET_NODE_CONFIG": "train/configs/quickstart.yaml"})
+    assert f"--num_machines 2 --machine_rank {rank} --main_process_ip node0 --main_process_port 29500" in launch
+    assert launch.endswith("--num_processes 2 -m train --config train/configs/quickstart.yaml")
 
 
 def test_skypilot_reads_its_task():
