@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             return
         if number == signal.SIGINT and interrupts and time.monotonic() - interrupts[-1] > 1:
             print("second Ctrl-C: killing the run; the newest complete checkpoint stays", file=sys.stderr)
-            os.killpg(launcher.pid, signal.SIGKILL)
+            _kill_all(launcher.pid)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
@@ -64,6 +64,18 @@ def main(arguments: list[str]) -> int:
             if received:
                 _tell_workers(launcher.pid, received[0][0], told)
     return 128 - code if code < 0 else code
+
+
+def _kill_all(launcher: int) -> None:
+    """Kill the launcher first, or it would start workers again; they are in sessions of their own."""
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(launcher).children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(launcher, signal.SIGKILL)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _ignore_signals() -> None:

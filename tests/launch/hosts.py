@@ -30,7 +30,10 @@ def ip(*arguments: str) -> None:
 
 
 class Hosts:
-    """Hosts 0 and 1 with addresses[0] and addresses[1]; what they run ends with the context."""
+    """Hosts 0 and 1 with addresses[0] and addresses[1]; what they run ends with the context.
+
+    Both know host 0 as "host0"; to itself that is a loopback address, as Debian's installer writes it.
+    """
 
     def __init__(self) -> None:
         self.addresses = ("10.213.77.1", "10.213.77.2")
@@ -40,6 +43,9 @@ class Hosts:
     def __enter__(self) -> Hosts:
         for name in self.names:
             ip("netns", "add", name)
+        for host, address in enumerate(("127.0.1.1", self.addresses[0])):
+            self.hosts_file(host).parent.mkdir(parents=True)
+            self.hosts_file(host).write_text(f"127.0.0.1 localhost\n{address} host0\n")
         ip("-n", self.names[0], "link", "add", "link0", "type", "veth", "peer", "name", "link1", "netns", self.names[1])
         for host, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
             ip("-n", name, "address", "add", f"{address}/24", "dev", f"link{host}")
@@ -57,18 +63,31 @@ class Hosts:
             for pid in listed.split():
                 os.kill(int(pid), signal.SIGKILL)
             ip("netns", "delete", name)
+        for host in (0, 1):
+            shutil.rmtree(self.hosts_file(host).parent, ignore_errors=True)
+
+    def hosts_file(self, host: int) -> Path:
+        """What `ip netns exec` puts into the place of /etc/hosts."""
+        return Path("/etc/netns", self.names[host], "hosts")
 
     def link(self, state: str) -> None:
         """`down` cuts the link silently, as a pulled cable does: nobody is told."""
         ip("-n", self.names[0], "link", "set", "link0", state)
         ip("-n", self.names[1], "link", "set", "link1", state)
+        if state == "up":
+            for host in (0, 1):
+                ip("-n", self.names[host], "route", "replace", "default", "dev", f"link{host}")
+
+    def on(self, host: int) -> list[str]:
+        """What a command line begins with to run on a host."""
+        return ["ip", "netns", "exec", self.names[host]]
 
     def start(self, host: int, log: Path, *arguments: str, **environment: str) -> subprocess.Popen:
         """launch/multinode.sh on a host, with a process on CPU cores; its output goes to `log`."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "DUET", "PET_", "MASTER", "NODE"))}
         clean |= {"DUET_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-        place = ["--node_rank", str(host), "--address", self.addresses[0], "--engine", "cpu", "--processes", "1"]
-        command = ["ip", "netns", "exec", self.names[host], "./launch/multinode.sh", *place, *arguments]
+        place = ["--node_rank", str(host), "--address", "host0", "--engine", "cpu", "--processes", "1"]
+        command = [*self.on(host), "./launch/multinode.sh", *place, *arguments]
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=clean, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -147,14 +147,15 @@ PartitionName=short Nodes=n1 MaxTime=10 State=UP
         shown = self.ask("scontrol", "--oneliner", "show", "job", job)
         return dict(part.split("=", 1) for part in shown.split() if "=" in part)[name]
 
-    def start_now(self, job: str) -> None:
-        """SLURM lets a requeued job wait for two minutes; not here.
+    def restart(self, job: str, times: int) -> None:
+        """Have a job that is requeued for the n-th time start: SLURM may let it wait for two minutes; not here.
 
         But it may not start in the second in which its last start ended: node daemons compare whole seconds, and
         refuse that launch as one of the ended start ("Job credential revoked", state FAILED).
         """
-        self.wait(job, "PENDING", seconds=300)
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
+        wait_for(lambda: self.field(job, "Restarts") == str(times), f"requeue of job {job}", 300)
+        if self.wait(job, "PENDING", "CONFIGURING", "RUNNING", seconds=300) == "PENDING":
+            self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds", check=False)  # fails once it runs
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
         """Wait until the job is in one of the states; returns it."""

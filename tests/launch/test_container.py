@@ -32,7 +32,7 @@ def batch(tmp_path: Path, **variables: str) -> str:
     return done.stdout.replace(str(ROOT), "ROOT")
 
 
-STEP = "srun --nodes=2 --ntasks=2 --cpu-bind=none --wait=900 "
+STEP = "srun --kill-on-bad-exit=0 --nodes=2 --ntasks=2 --cpu-bind=none --wait=900 "
 TRAIN = "./launch/multinode.sh --config train/configs/seed.yaml\n"
 
 

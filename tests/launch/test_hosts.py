@@ -1,5 +1,8 @@
 """Training over two hosts with addresses of their own, and what happens when the link between them is cut."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hosts import Hosts, why_not
+from tests.launch.hosts import ROOT, Hosts, why_not
 from tests.launch.slurm import wait_for
 from tests.launch.training import assert_same, finish, saved_step, small_run, wait_for_step
 from train import cli
@@ -29,6 +32,32 @@ def command(config: RunConfig, directory: Path) -> tuple[str, ...]:
     path = directory / "hosts.yaml"
     path.write_text(cli.to_yaml(config))
     return ("--config", str(path))
+
+
+def own_address(hosts: Hosts, host: int, peer: str, **environment: str) -> subprocess.Popen:
+    code = "import sys; from launch.network import own_address; print(own_address(sys.argv[1]))"
+    command = [*hosts.on(host), sys.executable, "-c", code, peer]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_host_knows_its_address_by_a_name_that_means_loopback_to_it(hosts):
+    for host, peer, expected in (
+        (0, "host0", hosts.addresses[0]),
+        (1, "host0", hosts.addresses[1]),
+        (0, "localhost", "127.0.0.1"),
+        (0, "127.0.0.1", "127.0.0.1"),
+    ):
+        assert own_address(hosts, host, peer).communicate()[0].strip() == expected, (host, peer)
+
+
+def test_a_name_may_appear_late(hosts):
+    waiting = own_address(hosts, 1, "late", DUET_RESOLVE="60")
+    time.sleep(2)
+    assert waiting.poll() is None
+    with hosts.hosts_file(1).open("a") as file:
+        file.write(f"{hosts.addresses[0]} late\n")
+    assert waiting.communicate(timeout=60)[0].strip() == hosts.addresses[1]
+    assert own_address(hosts, 1, "never", DUET_RESOLVE="1").wait(60) == 1
 
 
 def test_a_cut_link_ends_all_ranks_and_the_same_commands_go_on(hosts, tmp_path):

@@ -49,11 +49,10 @@ def test_requeued_then_cancelled_then_finished_it_is_one_run(cluster, submit, co
     job = said.split("Submitted batch job ")[1].split()[0]
     wait_for_step(config, 2, out)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1 sends before the limit
-    cluster.start_now(job)
+    cluster.restart(job, 1)
     requeued = saved_step(config)
     assert 2 <= requeued == metrics(config)[-1]["step"] < STEPS - 3, "saved at the step where it stopped"
     wait_for_step(config, requeued + 2, out)
-    assert cluster.field(job, "Restarts") == "1"
 
     cluster.ask("scancel", job)
     cluster.wait(job, "CANCELLED")
@@ -89,14 +88,14 @@ def test_a_lost_node_has_the_run_go_on_with_the_other_and_grow_again(cluster, co
         wait_for(lambda: cluster.field(job, "Restarts") == "1", "requeue after the loss", 180)
         wait_for(lambda: "n2" not in cluster.idle(), "notice of the loss", 90)
         before = saved_step(config)
-        cluster.start_now(job)
+        cluster.restart(job, 1)
         wait_for_step(config, before + 3, out)
         assert f"job {job} on n1, start 2" in out.read_text()
     finally:
         cluster.start_node("n2")
     wait_for(lambda: "n2" in cluster.idle(), "return of the node", 90)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    cluster.start_now(job)
+    cluster.restart(job, 2)
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=300) == "COMPLETED", out.read_text()
     assert f"job {job} on n[1-2], start 3" in out.read_text()
     grown = curve(config)

@@ -61,6 +61,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
     slurm.wait_for(condition, "listening workers", SECONDS)
 
 
+# Stuck in a step, as in a collective whose other ranks are gone.
+STUCK = WORKER.replace("while not request.name", "while True")
+
 # Worker, and its processes, of every launcher that the tests below look at.
 LAUNCHERS = {
     "0": ("pass", 1),
@@ -73,6 +76,7 @@ LAUNCHERS = {
     "SIGUSR2": (WORKER.format(late=""), 2),
     "SIGUSR1": (WORKER.format(late="late"), 2),
     "killed launcher": (WORKER.format(late=""), 2),
+    "second Ctrl-C": (STUCK.format(late=""), 2),
 }
 
 
@@ -150,6 +154,20 @@ def test_nothing_is_left_when_it_is_killed(launched):
     launcher.kill()
     end(launcher)
     _, alive = psutil.wait_procs(children, timeout=SECONDS)
+    assert not alive
+
+
+def test_a_second_ctrl_c_kills_the_workers_too(launched):
+    launcher, directory = launched("second Ctrl-C")
+    wait_for(lambda: listening(directory))
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(children) >= 3
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    launcher.send_signal(signal.SIGINT)
+    code, output = end(launcher)
+    assert code == 128 + 9 and "second Ctrl-C" in output
+    _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 
 
