@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import cli, rundir
+from train import checkpoint, cli, loop, rundir
 from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,26 +84,35 @@ def partitions() -> dict[str, Partition]:
     return found
 
 
-def check_cluster(options: argparse.Namespace) -> None:
-    """Raises ValueError where the cluster cannot run it as asked, with what it can."""
-    least, _ = node_range(options.nodes)
-    known = partitions()
-    if options.partition not in known:
+def check_partition(options: argparse.Namespace, name: str, known: dict[str, Partition]) -> None:
+    """Raises ValueError where this partition cannot run it as asked, with what it can."""
+    if name not in known:
         names = ", ".join(sorted(name for name in known if name))
-        asked = (
-            f"--partition {options.partition}: there is none" if options.partition else "--partition: no default here"
-        )
+        asked = f"--partition {name}: there is none" if name else "--partition: no default here"
         raise ValueError(f"{asked}; choose one of {names}")
-    partition = known[options.partition]
+    partition = known[name]
     if not partition.up:
         raise ValueError(f"--partition {partition.name} is not up; `sinfo` shows the state of the others")
-    if least > partition.nodes:
+    if node_range(options.nodes)[0] > partition.nodes:
         raise ValueError(f"--nodes {options.nodes}: partition {partition.name} has {partition.nodes}")
     if partition.max_seconds is not None and seconds(options.time) > partition.max_seconds:
         limit = partition.max_seconds
         raise ValueError(
             f"--time {options.time}: partition {partition.name} allows {limit // 3600} h {limit // 60 % 60} min"
         )
+
+
+def check_cluster(options: argparse.Namespace) -> None:
+    """Raises ValueError where the cluster cannot run it as asked, with what it can."""
+    known, mistakes = partitions(), []
+    asked = options.partition.split(",")
+    for name in asked:  # SLURM takes the first of several that can
+        try:
+            check_partition(options, name, known)
+        except ValueError as mistake:
+            mistakes.append(str(mistake))
+    if len(mistakes) == len(asked):
+        raise ValueError("; ".join(mistakes))
     if seconds(options.time) <= options.grace:
         raise ValueError(f"--time {options.time}: must be longer than --grace {options.grace} s, or it never trains")
     if queue := _ask(["squeue", "--noheader", f"--name={options.job_name}", "--me", "--format=%A %T"]).split("\n")[0]:
@@ -112,6 +121,26 @@ def check_cluster(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"job {job} ({state.lower()}) is this run already; `scancel {job}` first, or give another --name"
             )
+
+
+def check_run(options: argparse.Namespace, config: RunConfig) -> None:
+    """Raises ValueError where the run would refuse to start on that many processes."""
+    loop.check(config)
+    processes = options.processes or gpus(options.gpus_per_node)
+    least, most = node_range(options.nodes)
+    for nodes in range(least, most + 1) if processes else ():
+        unit = config.train.micro_batch * nodes * processes
+        if config.train.global_batch % unit:
+            raise ValueError(
+                f"--train.global_batch {config.train.global_batch} is not divisible by {nodes} nodes x {processes} "
+                f"processes x --train.micro_batch {config.train.micro_batch}: give a multiple of {unit}"
+            )
+
+
+def gpus(text: str) -> int:
+    """How many `--gpus_per_node` asks for: `8` or `a100:8`; 0 where it does not say."""
+    number = text.rpartition(":")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def describe_run(config: RunConfig) -> str:
@@ -128,8 +157,6 @@ def describe_run(config: RunConfig) -> str:
         raise ValueError(f"--name {config.name}: {directory} holds a run with another configuration:\n  {lines}")
     if rundir.read_results(directory):
         raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
-    from train import checkpoint  # loads torch, which only a run that exists needs
-
     found = checkpoint.newest(directory)
     return f"goes on in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"
 
@@ -176,6 +203,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--container", default="", help=".sif file or docker:// url (Apptainer), else an image for pyxis"
     )
     parser.add_argument(
+        "--mounts", default="", help="paths that the container sees besides the checkout: /data,/scratch"
+    )
+    parser.add_argument(
         "--sbatch", action="append", default=[], help="another option for sbatch, such as --sbatch=--exclusive"
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
@@ -192,14 +222,17 @@ def main(argv: list[str] | None = None) -> int:
         config = cli.parse(train)
         options.job_name = f"duet-{config.name}"
         plan = describe_run(config)
+        check_run(options, config)
         check_cluster(options)
         command = sbatch_command(options, train)
         environment = {**os.environ, "DUET_ROOT": str(ROOT)}
         if options.container:
-            environment["DUET_CONTAINER"] = options.container
+            environment |= {"DUET_CONTAINER": options.container, "DUET_MOUNTS": options.mounts}
         print(f"run: {plan}")
         print(f"saves and requeues {options.grace} s before each time limit of {options.time}")
         print(shlex.join(command))
+        if options.gpus_per_node and not re.search("--(exclusive|cpus-per)", shlex.join(command)):
+            print("warning: no --cpus_per_task: unless the cluster has another default, SLURM gives each node one core")
         if options.dry_run:
             print("dry run: nothing submitted")
             return 0

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
+from train import cli
+
 ROOT = Path(__file__).parents[2]
 JOBSET = yaml.safe_load((ROOT / "launch/cloud/kubernetes.yaml").read_text())
 JOB = JOBSET["spec"]["replicatedJobs"][0]
@@ -41,6 +43,12 @@ def host(tmp_path):
     return run
 
 
+def assert_can_be_dealt(processes: int) -> None:
+    """The batch of the config that the manifests and the README start has a micro-batch for every process."""
+    config = cli.load(ROOT / "train/configs/seed.yaml")
+    assert config.train.global_batch % (config.train.micro_batch * processes) == 0
+
+
 def test_the_jobset_is_one_by_its_own_models():
     """Models made from JobSet's published schema keep the fields that it knows, and only those."""
     assert JobsetV1alpha2JobSet.from_dict(JOBSET).to_dict() == JOBSET
@@ -69,7 +77,7 @@ def test_its_pods_are_the_hosts_of_one_run(host):
     assert launch.endswith(
         "--num_processes 16 -m train --config train/configs/seed.yaml --data.train /work/data/train --name duet"
     )
-    assert (ROOT / "train/configs/seed.yaml").is_file()
+    assert_can_be_dealt(16)
 
 
 def test_skypilots_hosts_are_one_run(host):
@@ -80,6 +88,7 @@ def test_skypilots_hosts_are_one_run(host):
     assert "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500" in launch
     expected = "--num_processes 16 -m train --config train/configs/seed.yaml --data.train /data/train --name duet"
     assert launch.endswith(f"{expected} --runs_dir /runs")
+    assert_can_be_dealt(16)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

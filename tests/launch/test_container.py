@@ -9,10 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # This SLURM has no pyxis and this machine no Apptainer: programs of their names say what they were asked to do.
-PROGRAMS = {
-    "srun": 'echo "srun $*"',
-    "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *) echo "NodeName=n1 NodeAddr=10.0.0.1 Port=6818" ;; esac',
-}
+ASKED = 'case "$*" in *hostnames*) echo n1 ;; *) echo "NodeName=n1 NodeAddr=10.0.0.1 Port=6818" ;; esac'
+PROGRAMS = {"srun": 'echo "srun $*"', "scontrol": ASKED}
 
 
 def batch(tmp_path: Path, **variables: str) -> str:
@@ -30,6 +28,28 @@ def batch(tmp_path: Path, **variables: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.replace(str(ROOT), "ROOT")
+
+
+def test_a_failure_that_comes_back_is_not_requeued_for_ever(tmp_path):
+    programs = {**PROGRAMS, "srun": "exit 7", "scontrol": f'case "$1" in requeue) echo requeued ;; *) {ASKED} ;; esac'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "DUET_RETRY_AFTER": "0"}
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DUET_ROOT": str(tmp_path), **job}
+
+    def start() -> tuple[int, str]:
+        script = ROOT / "launch/slurm/train.sbatch"
+        done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    for count in (1, 2, 3):
+        code, said = start()
+        assert code == 0 and "requeued" in said and f"{count} in a row" in said, said
+    code, said = start()
+    assert code == 7 and "requeued\n" not in said and "failed 4 times in a row, not requeued" in said
+    assert "1 in a row" in start()[1], "a job submitted again starts counting anew"
 
 
 STEP = "srun --kill-on-bad-exit=0 --nodes=2 --ntasks=2 --cpu-bind=none --wait=900 "

@@ -6,7 +6,6 @@ import pytest
 
 from tests.launch.slurm import wait_for
 from train import cli
-from train.config import RunConfig
 
 
 def counting(directory: Path, steps: int) -> tuple[str, ...]:
@@ -41,12 +40,13 @@ def test_the_real_time_limit_requeues(cluster, tmp_path):
 
 
 def test_a_dry_run_shows_the_command_and_submits_nothing(cluster, submit, tmp_path):
-    runs = f"--runs_dir={tmp_path}"
-    status, said = submit("--nodes=1-2", "--time=2:00:00", "--engine=zero3", "--dry_run", "--name=first", runs)
+    run = ("--name=first", f"--runs_dir={tmp_path}", "--data.train=shards")
+    status, said = submit("--nodes=1-2", "--time=2:00:00", "--engine=zero3", "--gpus_per_node=4", "--dry_run", *run)
     assert status == 0, said
     assert f"new run in {tmp_path}/first" in said
-    assert "sbatch --job-name=duet-first --nodes=1-2 --time=2:00:00 --signal=B:USR1@300" in said
-    assert f"launch/slurm/train.sbatch --engine zero3 --name=first {runs}" in said
+    assert "sbatch --job-name=duet-first --nodes=1-2 --time=2:00:00 --signal=B:USR1@300 --gpus-per-node=4" in said
+    assert f"launch/slurm/train.sbatch --engine zero3 {' '.join(run)}" in said
+    assert "warning: no --cpus_per_task" in said
     assert cluster.ask("squeue", "-h") == ""
 
 
@@ -59,21 +59,41 @@ def test_a_dry_run_shows_the_command_and_submits_nothing(cluster, submit, tmp_pa
         (["--nodes=3"], "--nodes 3: partition main has 2"),
         (["--nodes=2-1"], "--nodes 2-1: expected"),
         (["--partition=gpu"], "--partition gpu: there is none; choose one of main, short"),
+        (
+            ["--partition=gpu,short"],
+            "choose one of main, short; --time 10:00:00: partition short",
+        ),
+        (["--data.train="], "--data.train is empty"),
+        (["--gpus_per_node=a100:3"], "--train.global_batch 1024 is not divisible by 1 nodes x 3 processes x"),
         (["--train.global_bach=4"], "did you mean --train.global_batch"),
     ],
 )
 def test_what_the_cluster_cannot_do_is_said_before_submitting(cluster, submit, tmp_path, arguments, message):
-    status, said = submit("--nodes=1", "--time=10:00:00", f"--runs_dir={tmp_path}", *arguments)
+    run = (f"--runs_dir={tmp_path}", "--data.train=shards")
+    status, said = submit("--nodes=1", "--time=10:00:00", *run, *arguments)
     assert status == 2
     assert message in said
     assert cluster.ask("squeue", "-h") == ""
 
 
+def test_one_of_several_partitions_is_enough(submit, tmp_path):
+    status, said = submit(
+        "--nodes=1",
+        "--time=2:00:00",
+        "--partition=short,main",
+        "--dry_run",
+        f"--runs_dir={tmp_path}",
+        "--data.train=shards",
+    )
+    assert status == 0, said
+    assert "--partition=short,main" in said
+
+
 def test_an_existing_run_goes_on_or_is_refused(submit, tmp_path):
     run = tmp_path / "again"
     run.mkdir()
-    (run / "config.yaml").write_text(cli.to_yaml(RunConfig(name="again", runs_dir=str(tmp_path))))
-    arguments = ["--time=1:00:00", "--dry_run", f"--runs_dir={tmp_path}", "--name=again"]
+    arguments = ["--dry_run", "--time=1:00:00", f"--runs_dir={tmp_path}", "--name=again", "--data.train=shards"]
+    (run / "config.yaml").write_text(cli.to_yaml(cli.parse(arguments[2:])))
     assert "no checkpoint there" in submit(*arguments)[1]
     status, said = submit(*arguments, "--train.seed=7")
     assert status == 2
@@ -87,6 +107,6 @@ def test_an_existing_run_goes_on_or_is_refused(submit, tmp_path):
 def test_the_same_run_is_not_submitted_twice(cluster, submit, tmp_path):
     held = ("--hold", "--job-name=duet-twice", f"--output={tmp_path}/out")
     job = cluster.submit(*held, arguments=("--help",))
-    status, said = submit("--time=1:00:00", f"--runs_dir={tmp_path}", "--name=twice")
+    status, said = submit("--time=1:00:00", f"--runs_dir={tmp_path}", "--name=twice", "--data.train=shards")
     assert status == 2
     assert f"job {job} (pending) is this run already" in said
