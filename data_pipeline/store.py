@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.manifest import Shard, filesystem, is_remote
+
+# What may be deleted: the directory may hold files of others.
+_TAR = re.compile(r"[0-9a-f]{64}\.tar")
+_PART = re.compile(r"[0-9a-f]{64}\.[0-9]+\.part")
 
 
 class Store:
@@ -70,11 +75,11 @@ class Store:
 
     def _make_room(self) -> None:
         """Delete what killed processes left, then the least recently used shards until all that is fetched fits."""
-        with (self.cache_dir / "lock").open("w") as lock:
+        with (self.cache_dir / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # The name of a part states its size to be: fetches at the same time count each other in full.
-            excess = sum(_final_size(part) for part in self.cache_dir.glob("*.part") if not _is_stale(part))
-            kept = sorted((path.stat().st_mtime_ns, path) for path in self.cache_dir.glob("*.tar"))
+            excess = sum(_final_size(part) for part in self._files(_PART) if not _is_stale(part))
+            kept = sorted((path.stat().st_mtime_ns, path) for path in self._files(_TAR))
             excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
             for _, path in kept:
                 if excess <= 0:
@@ -82,6 +87,9 @@ class Store:
                 excess -= path.stat().st_size
                 path.unlink()
                 path.with_name(f"{path.name}.idx").unlink(missing_ok=True)
+
+    def _files(self, name: re.Pattern[str]) -> list[Path]:
+        return [path for path in self.cache_dir.iterdir() if name.fullmatch(path.name)]
 
 
 def _final_size(part: Path) -> int:

@@ -123,6 +123,18 @@ def test_least_recently_used_shards_leave_first_with_their_index(server, cache):
     assert server.requests == ["/a.tar", "/b.tar", "/c.tar", "/b.tar"]
 
 
+def test_files_of_others_in_the_directory_are_left_alone(server, cache):
+    names = ("train-000000.tar", "train-000000.tar.idx", "notes.part", f"{'A' * 64}.tar", f"{'0' * 64}.part", "lock")
+    cache.mkdir()
+    for name in names:
+        (cache / name).write_bytes(bytes(20_000))
+    bounded = store(cache, 10240)
+    for shard in (remote_shard(server), last := remote_shard(server, "b.tar")):
+        bounded.local(shard)
+    assert {path.name for path in cache.iterdir()} == {*names, f"{last.sha256}.tar"}
+    assert all((cache / name).stat().st_size == 20_000 for name in names)
+
+
 def test_a_shard_in_use_stays_readable_when_it_leaves(server, cache):
     a, b = (remote_shard(server, f"{name}.tar") for name in "ab")
     bounded = store(cache, 10240)
