@@ -181,7 +181,8 @@ class DecodeOrReplace:
             try:
                 decoded = self.decode(raw, slot)
             except BadSample as error:
-                slot.bad.append(bad_record(slot, raw, error))
+                if not distance:  # Bad neighbours are recorded at their own places: each bad sample counts once.
+                    slot.bad.append(bad_record(slot, raw, error))
                 continue
             sample["__key__"] = raw["__key__"]  # webdataset.map gives its result the key of what went in
             return decoded
