@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from data_pipeline.manifest import load_manifest
-from data_pipeline.samples import split
+from data_pipeline.samples import BadSample, split
 from data_pipeline.shards import ShardReader
 from data_pipeline.store import Store
 from data_pipeline.transforms import train_transform
@@ -61,8 +61,8 @@ def devices() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         text = f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / GB:.0f} GB, "
         text += f"CUDA {torch.version.cuda}"
-        if not torch.cuda.is_bf16_supported():
-            return [warn("devices", text, "no bf16 on these: set mixed_precision: no in the accelerate config")]
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return [warn("devices", text, "no bf16 on these: start with --precision fp32")]
         return [ok("devices", text)]
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -77,14 +77,16 @@ def devices() -> list[Finding]:
 
 def memory(config: RunConfig) -> list[Finding]:
     """What the run's model needs, and the least ZeRO stage with which it fits."""
-    world = distributed.world_size()
+    # Alone it speaks for the run that would start here, with a rank on every GPU.
+    world = distributed.world_size() if "RANK" in os.environ else max(1, torch.cuda.device_count())
     on_gpu = torch.cuda.is_available()
     needs = plan(config, world, bf16=on_gpu)
     if on_gpu:
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         there = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    parts = f"{needs.parameters / 1e6:.0f} M parameters; per rank: state {needs.state(0) / GB:.1f} GB under DDP, "
+    parts = f"{needs.parameters / 1e6:.0f} M parameters; each of {world} rank(s): "
+    parts += f"state {needs.state(0) / GB:.1f} GB under DDP, "
     parts += f"{needs.state(1) / GB:.1f}/{needs.state(2) / GB:.1f}/{needs.state(3) / GB:.1f} under ZeRO-1/2/3, "
     parts += f"activations {needs.activations / GB:.1f}, loss {needs.loss / GB:.2f}; x {RESERVE} of {there / GB:.0f} GB"
     stage = needs.smallest_stage(there)
@@ -194,11 +196,14 @@ def data(config: RunConfig) -> list[Finding]:
         return [warn("data", "no --data.train given", "give the run's config to check its data")]
     manifest = load_manifest(source)
     store = Store(config.data.cache_dir, int(config.data.cache_gb * GB))
-    transform, count, began = train_transform(config.data), 0, time.perf_counter()
+    transform, count, bad, began = train_transform(config.data), 0, [], time.perf_counter()
     for shard in {manifest.shards[0], manifest.shards[-1]}:
         reader = ShardReader(store.local(shard), shard)
         for index in range(len(reader)):
-            transform(split(reader.raw(index))[0], random.Random(index))
+            try:
+                transform(split(reader.raw(index))[0], random.Random(index))
+            except BadSample as error:
+                bad.append(f"{shard.url}, sample {index}: {error.cause}")
             count += 1
             if time.perf_counter() - began > 2:
                 break
@@ -207,6 +212,10 @@ def data(config: RunConfig) -> list[Finding]:
     rate = count / (time.perf_counter() - began) * workers
     text = f"{manifest.nsamples} samples in {len(manifest.shards)} shards; "
     text += f"about {rate:.0f} samples/s per process ({workers} workers)"
+    if bad:
+        text += f"; {len(bad)} of {count} tried are bad, such as {bad[0]}"
+        if len(bad) > config.data.max_bad_fraction * count:
+            return [warn("data", text, "training stops above --data.max_bad_fraction; `inspect` lists them by cause")]
     if torch.cuda.is_available() and rate < GPU_RATE:
         need = -(-GPU_RATE * workers // max(1, int(rate)))
         return [warn("data", text, f"a GPU takes {GPU_RATE}/s (ResNet-50 at 224 px): --data.workers {need}")]

@@ -1,7 +1,9 @@
 """What a run needs of each device: weights, gradients, optimizer, activations, loss; and the ZeRO stage that fits.
 
-Per parameter, all fp32 (train.engine): 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, 4 more with EMA.
-ZeRO-1 splits the moments over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too (arXiv 1910.02054).
+Per parameter, all fp32 (train.engine): 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, 4 more with EMA; a
+parameter that never learns has its weight alone. ZeRO-1 splits the moments over the ranks, ZeRO-2 the gradients too,
+ZeRO-3 the weights too (arXiv 1910.02054). DeepSpeed adds a bucket for the gradients, and in stages 1 and 2 a second
+copy of the weights, which is split.
 Activations are not estimated: a small micro-batch goes forward on the CPU and what autograd keeps is counted.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from train.config import RunConfig
+from train.distributed import BUCKET_ELEMENTS
 from train.model import build_model
 from train.multiscale import STAGES
 
@@ -22,9 +25,10 @@ RESERVE = 1.15
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes per rank of a run on `world` ranks."""
+    """Bytes per rank of a run on `world` ranks; of `parameters`, `learning` ones ever learn."""
 
     parameters: int
+    learning: int
     activations: int
     loss: int
     world: int
@@ -36,7 +40,9 @@ class Plan:
         moments /= self.world if stage >= 1 else 1
         gradient /= self.world if stage >= 2 else 1
         weight /= self.world if stage >= 3 else 1
-        return self.parameters * (weight + gradient + moments)
+        copy = 4.0 / self.world if stage in (1, 2) else 0.0
+        bucket = 4 * BUCKET_ELEMENTS if stage else 0
+        return self.parameters * weight + self.learning * (gradient + moments + copy) + bucket
 
     def total(self, stage: int) -> float:
         return RESERVE * (self.state(stage) + self.activations + self.loss)
@@ -64,7 +70,8 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
     resident = min(max(1, config.train.resident), share)
     activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(parameters, max(activations, 0), loss_bytes(config, world), world, config.optim.ema > 0)
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Plan(parameters, learning, max(activations, 0), loss_bytes(config, world), world, config.optim.ema > 0)
 
 
 def loss_bytes(config: RunConfig, world: int) -> int:

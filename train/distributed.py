@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TIMEOUT_SECONDS = 600
+BUCKET_ELEMENTS = 2**25
+"""Of DeepSpeed's buffers, which hold fp32."""
 PRECISIONS = ("no", "bf16")
 REMEDY = (
     "On CPU use an accelerate config with distributed_type MULTI_GPU and use_cpu true (launch/accelerate/cpu.yaml): "
@@ -106,6 +108,10 @@ def deepspeed_config(accelerator: Accelerator, micro_batch: int, clip_grad: floa
     config["gradient_clipping"] = float(clip_grad)
     config["train_micro_batch_size_per_gpu"] = int(micro_batch)
     config["train_batch_size"] = int(micro_batch) * world_size()
+    # DeepSpeed's own default is 5e8: two gigabytes of buffer on every rank, more than ZeRO saves on these towers.
+    zero = config.setdefault("zero_optimization", {})
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        zero.setdefault(name, BUCKET_ELEMENTS)
     # Offloaded optimizer states are stepped by the same AdamW as everywhere, which needs no compiler.
     config["zero_force_ds_cpu_optimizer"] = False
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from launch import checks, memory
 from launch.doctor import main
 from launch.findings import Finding, fail, ok, table, warn, worst
+from tests.train.small import write_data
 from train.config import RunConfig
+from train.distributed import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]
@@ -87,13 +90,15 @@ def test_worst_and_table():
 
 
 def test_state_bytes_of_every_zero_stage():
-    plan = memory.Plan(parameters=1000, activations=0, loss=0, world=4, ema=False)
-    assert [plan.state(stage) for stage in range(4)] == [16_000, 10_000, 7_000, 4_000]
-    with_ema = memory.Plan(parameters=1000, activations=0, loss=0, world=4, ema=True)
-    assert with_ema.state(0) == 20_000
-    assert plan.smallest_stage(memory.RESERVE * 16_000) == 0
-    assert plan.smallest_stage(memory.RESERVE * 8_000) == 2
-    assert plan.smallest_stage(memory.RESERVE * 3_999) is None
+    plan = memory.Plan(parameters=1000, learning=1000, activations=0, loss=0, world=4, ema=False)
+    bucket = 4 * BUCKET_ELEMENTS
+    assert [plan.state(stage) for stage in range(4)] == [16_000, 11_000 + bucket, 8_000 + bucket, 4_000 + bucket]
+    half_locked = replace(plan, learning=500, ema=True)
+    assert [half_locked.state(stage) for stage in (0, 2)] == [14_000, 8_000 + 500 * (1 + 2 + 1) + bucket]
+    large = replace(plan, parameters=10**9, learning=10**9)
+    assert large.smallest_stage(memory.RESERVE * 16e9) == 0
+    assert large.smallest_stage(memory.RESERVE * 9e9) == 2
+    assert large.smallest_stage(memory.RESERVE * 4e9) is None
 
 
 def test_activations_grow_with_the_resident_micro_batches(bert):
@@ -109,6 +114,27 @@ def test_activations_grow_with_the_resident_micro_batches(bert):
     assert memory.plan(config, world=2, bf16=False).activations < 0.6 * four.activations
     with pytest.raises(ValueError, match=r"--train.global_batch 64 .* 8 x 3 processes"):
         memory.plan(config, world=3, bf16=False)
+
+
+def test_a_tower_that_never_learns_needs_its_weights_alone(bert):
+    config = RunConfig()
+    config.model.image.name, config.model.text.name, config.model.text.weights = "resnet18", str(bert), "scratch"
+    config.data.image_size, config.data.max_tokens = 64, 16
+    config.train.global_batch, config.train.micro_batch = 8, 8
+    every = memory.plan(config, world=1, bf16=False)
+    assert every.learning == every.parameters
+    config.model.image.locked_until = -1
+    locked = memory.plan(config, world=1, bf16=False)
+    assert locked.parameters == every.parameters and locked.learning < every.learning - 11e6
+
+
+@pytest.mark.parametrize(("broken", "status"), [((), "ok"), ((7,), "ok"), (tuple(range(30)), "warn")])
+def test_bad_samples_are_counted(tmp_path, broken, status):
+    config = RunConfig()
+    config.data.train, config.data.image_size = str(write_data(tmp_path / "data", (110,), bad=broken)), 32
+    (found,) = checks.data(config)
+    assert found.status == status
+    assert (f"{len(broken)} of 110 tried are bad, such as " in found.measured) == bool(broken)
 
 
 def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
