@@ -111,13 +111,14 @@ def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:
     return batches
 
 
-def plain_gradients(config: RunConfig) -> tuple[float, dict[str, Tensor]]:
+def plain_gradients(config: RunConfig, bf16: bool) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process that holds the whole batch, by the textbook formulas and one backward."""
     from train.model import build_model
 
     model = build_model(config, (0.5,) * 3, (0.25,) * 3)
     batches = make_batch(config)
-    outputs = [model([batch], [micro_batch_seed(config.train.seed, 0, batch.index)]) for batch in batches]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        outputs = [model([batch], [micro_batch_seed(config.train.seed, 0, batch.index)]) for batch in batches]
     outputs = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
     image, text, scale = outputs["image"], outputs["text"], outputs["logit_scale"][0]
     if config.loss.kind == "sigmoid":
@@ -161,9 +162,10 @@ def worlds(engine: str) -> tuple[int, ...]:
     return (1,) if engine == "plain" else (1, 2, 4)
 
 
-def step_gradients(text_tower: str, cases: Sequence[Case]) -> list[tuple[float, float, str]]:
+def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool) -> list[tuple[float, float, str]]:
     """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
     os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     from train import distributed
     from train.engine import Engine
     from train.model import build_model
@@ -193,7 +195,7 @@ def step_gradients(text_tower: str, cases: Sequence[Case]) -> list[tuple[float, 
         config.train.resident = share // case.accumulation
         kind = case.loss if case.loss in (LEVELS, SELF_SUPERVISED) else config.loss.kind
         if kind not in engines:
-            references[kind] = plain_gradients(config)
+            references[kind] = plain_gradients(config, bf16)
             model = build_model(config, (0.5,) * 3, (0.25,) * 3)
             engines[kind] = Capturing(accelerator, model, config)
         engine, (expected_loss, expected) = engines[kind], references[kind]
@@ -225,7 +227,12 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def run_cases(
-    engine: str, world: int, accumulations: Sequence[int], losses: Sequence[str], schemes: Sequence[str] = ("",)
+    engine: str,
+    world: int,
+    accumulations: Sequence[int],
+    losses: Sequence[str],
+    schemes: Sequence[str] = ("",),
+    bf16: bool = False,
 ) -> dict[Case, tuple[float, float, str]]:
     """Per case the relative error of the loss, the largest relative error of a gradient, and its parameter."""
     with tempfile.TemporaryDirectory() as directory:
@@ -235,8 +242,10 @@ def run_cases(
         ]
         if engine == "plain":  # a process without a group
             with ProcessPoolExecutor(1, start_context()) as pool:
-                ranks = [pool.submit(step_gradients, text_tower, cases).result()]
+                ranks = [pool.submit(step_gradients, text_tower, cases, bf16).result()]
         else:
             environment = engine_environment(engine, directory)
-            ranks = run_distributed(step_gradients, world, text_tower, cases, environment=environment, timeout=600)
+            ranks = run_distributed(
+                step_gradients, world, text_tower, cases, bf16, environment=environment, timeout=600
+            )
     return {case: max((rank[i] for rank in ranks), key=lambda errors: errors[1]) for i, case in enumerate(cases)}

@@ -31,6 +31,7 @@ FLOORS = {
 PARTS = {
     "train.loss": ["train.loss_tiled"],
     "train.towers": ["train.pretrained"],
+    "train.distributed": ["train.precision"],
     "train.evaluate": ["train.features", "train.zeroshot", "train.probe"],
     "train.report": ["train.plots", "train.gallery"],
 }

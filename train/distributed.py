@@ -10,7 +10,7 @@ b: rows of this rank, B: rows of all ranks, D: features.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from train.precision import PRECISIONS
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TIMEOUT_SECONDS = 600
-BUCKET_ELEMENTS = 2**25
-"""Of DeepSpeed's buffers, which hold fp32."""
-PRECISIONS = ("no", "bf16")
+ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED")
 REMEDY = (
     "On CPU use an accelerate config with distributed_type MULTI_GPU and use_cpu true (launch/accelerate/cpu.yaml): "
     "`--cpu` and MULTI_CPU start one process. On several machines give every machine --num_machines, --machine_rank, "
@@ -47,7 +47,7 @@ def start() -> Accelerator:
     """Joins the process group and returns the Accelerator, which places and wraps models and does nothing to data.
 
     Environment: DUET_TIMEOUT, seconds after which a collective that misses a rank fails (default 600).
-    Raises ValueError when the world is not the size that was asked for, or the precision is neither bf16 nor no.
+    Raises ValueError when the world is not the size that was asked for, or precision or engine are unknown.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 
@@ -78,51 +78,13 @@ def start() -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
+    if (kind := accelerator.distributed_type.value) not in ENGINES:
+        raise ValueError(f"distributed_type: {kind} is not supported; take an accelerate config of launch/accelerate")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         # With this reference alive, transformers builds models partitioned under ZeRO-3; ours are whole until prepare.
         plugin.dschf = None
     return accelerator
-
-
-def deepspeed_config(accelerator: Accelerator, micro_batch: int, clip_grad: float) -> None:
-    """Fills in the DeepSpeed config, if there is one, so that a step means what it means under DDP; before `prepare`.
-
-    micro_batch: pairs per forward pass of a rank. clip_grad: largest gradient norm, 0 is off.
-    bf16 becomes autocast: parameters, gradients, their reduction and the optimizer state stay fp32.
-    Raises ValueError where the DeepSpeed config has a part that the run's YAML owns.
-    """
-    if accelerator.state.deepspeed_plugin is None:
-        return
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    for section in ("optimizer", "scheduler"):
-        if section in config:
-            raise ValueError(f"the DeepSpeed config has `{section}`: remove it, `optim` of the run's YAML owns it")
-    if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError("the DeepSpeed config has fp16 enabled: use mixed_precision bf16 or no")
-    bf16 = config.pop("bf16", {}).get("enabled") is True
-    config["bf16"] = {"enabled": False}
-    # No module is listed as safe for bf16 communication, so gradients are reduced in fp32.
-    config["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    config["gradient_accumulation_steps"] = 1
-    config["gradient_clipping"] = float(clip_grad)
-    config["train_micro_batch_size_per_gpu"] = int(micro_batch)
-    config["train_batch_size"] = int(micro_batch) * world_size()
-    # DeepSpeed's own default is 5e8: two gigabytes of buffer on every rank, more than ZeRO saves on these towers.
-    zero = config.setdefault("zero_optimization", {})
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero.setdefault(name, BUCKET_ELEMENTS)
-    # Offloaded optimizer states are stepped by the same AdamW as everywhere, which needs no compiler.
-    config["zero_force_ds_cpu_optimizer"] = False
-
-
-def autocast(accelerator: Accelerator) -> AbstractContextManager:
-    """The run's precision for a forward pass of the bare module, which DeepSpeed casts in its own wrapper only."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return accelerator.autocast()
-    enabled = plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
 
 
 def check_world_size(launcher: Launcher | None = None) -> None:

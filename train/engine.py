@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.loader import MicroBatch
-from train import distributed, optim
+from train import distributed, optim, precision
 from train.config import RunConfig
 from train.diagnostics import TowerMeter
 
@@ -40,7 +40,7 @@ class Engine:
         _check_resident(config)
         optimizer = optim.build_optimizer(model, config)
         if self.zero_stage:
-            distributed.deepspeed_config(accelerator, config.train.micro_batch, config.optim.clip_grad)
+            precision.deepspeed_config(accelerator, config.train.micro_batch, config.optim.clip_grad)
         if self.zero_stage or accelerator.num_processes > 1:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
@@ -62,7 +62,8 @@ class Engine:
     @torch.no_grad()
     def features(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
         """The same features without a graph."""
-        return self.module(micro_batches, seeds)
+        with precision.autocast(self.accelerator):
+            return self.module(micro_batches, seeds)
 
     def exchange(self, now: bool) -> None:
         """Before a forward: whether ranks exchange gradients in its backward, as they do in the last one of a step.

@@ -10,12 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import compress
 
 import torch
 
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
+from train import precision
 from train.checkpoint import load_model
 from train.config import RunConfig
 from train.distributed import is_main, start
@@ -40,7 +42,7 @@ def evaluate(
     its share of the data; all get the same result, whatever the number of processes.
 
     Args:
-        autocast: makes the context of every forward pass, such as `accelerator.autocast`.
+        autocast: makes the context of every forward pass, such as `train.precision.autocast`.
 
     Raises:
         ValueError: not one sample could be read, or features that are not finite.
@@ -76,6 +78,7 @@ def run_task(options: argparse.Namespace) -> dict[str, float]:
             "--task zeroshot needs --classnames FILE: one class name per line, in the order of their numbers"
         )
     accelerator = start()
+    autocast = partial(precision.autocast, accelerator)
     model, config = load_model(options.run)
     if options.workers is not None:
         config.data.workers = options.workers
@@ -85,21 +88,19 @@ def run_task(options: argparse.Namespace) -> dict[str, float]:
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     model.to(accelerator.device)
     if options.task == "retrieval":
-        return evaluate(model, config, tokenizer, manifest, autocast=accelerator.autocast).metrics
+        return evaluate(model, config, tokenizer, manifest, autocast=autocast).metrics
 
-    tested = labelled(encode(model, config, tokenizer, manifest, autocast=accelerator.autocast))
+    tested = labelled(encode(model, config, tokenizer, manifest, autocast=autocast))
     counts = {"n_unlabelled": float(tested.n_unlabelled)}
     if options.task == "zeroshot":
         names = read_lines("--classnames", options.classnames)
         templates = read_lines("--templates", options.templates) if options.templates else TEMPLATES
         rows_N = class_indices(tested.keys, tested.classes, names)
-        class_CD = class_features(
-            model, tokenizer, names, templates, size=config.eval.batch, autocast=accelerator.autocast
-        )
+        class_CD = class_features(model, tokenizer, names, templates, size=config.eval.batch, autocast=autocast)
         return zeroshot_metrics(tested.image_ND, class_CD, rows_N) | counts
 
     if options.fit:
-        fitting = labelled(encode(model, config, tokenizer, load_manifest(options.fit), autocast=accelerator.autocast))
+        fitting = labelled(encode(model, config, tokenizer, load_manifest(options.fit), autocast=autocast))
         return probe_metrics(fitting.image_ND, fitting.classes, tested.image_ND, tested.classes) | counts
     tested_N = split_by_key(tested.keys)
     rows = torch.as_tensor(tested_N, device=tested.image_ND.device)

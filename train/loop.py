@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from train.engine import Engine
 from train.evaluate import Evaluation, evaluate, table
 from train.feed import Feed
 from train.model import build_model
+from train.precision import autocast
 from train.preemption import EXIT_PREEMPTED, StopRequest
 from train.report import write_report
 from train.step import batch_digest, training_step
@@ -212,7 +214,13 @@ def held_out(run: Run) -> Evaluation:
     """Retrieval on the held-out data with the weights of now, or their average where `optim.ema` is set."""
     engine = run.engine
     with run.average.applied():
-        return evaluate(engine.module, run.config, run.tokenizer, run.val, autocast=engine.accelerator.autocast)
+        return evaluate(
+            engine.module,
+            run.config,
+            run.tokenizer,
+            run.val,
+            autocast=partial(autocast, engine.accelerator),
+        )
 
 
 def due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,7 @@ def test_clip_art_is_classed_by_its_top_folder(name, label):
 
 
 def test_shards_carry_classes_where_they_are_known(tmp_path):
-    examples = [
-        Example(str(key), (f"caption {key}",), "png", bytes([key]), frozenset({str(key)}), "b" if key % 3 else None)
-        for key in range(40)
-    ]
+    examples = [replace(_example(key, [key], key), label="b" if key % 3 else None) for key in range(40)]
     build(tmp_path / "c", {}, lambda: (examples, {}), lambda folder: None, held_out=0.3, variants=1)
     (shard,) = load_manifest(tmp_path / "c" / "train").shards
     reader = ShardReader(shard.url, shard)

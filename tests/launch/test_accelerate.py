@@ -20,11 +20,12 @@ ZERO_STAGES["cpu_zero3"] = 3
 PROBE = """
 import torch
 from train import distributed
+from train.precision import deepspeed_config
 accelerator = distributed.start()
 precision = accelerator.mixed_precision
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
-distributed.deepspeed_config(accelerator, micro_batch=4, clip_grad=1.0)
+deepspeed_config(accelerator, micro_batch=4, clip_grad=1.0)
 model, optimizer = accelerator.prepare(model, optimizer)
 stage = accelerator.state.deepspeed_plugin.zero_stage if accelerator.state.deepspeed_plugin else 0
 print(f"rank {distributed.rank()} of {distributed.world_size()}: {type(model).__name__} zero {stage} "

@@ -15,7 +15,7 @@ from launch.doctor import main
 from launch.findings import Finding, fail, ok, table, warn, worst
 from tests.train.small import write_data
 from train.config import RunConfig
-from train.distributed import BUCKET_ELEMENTS
+from train.precision import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]

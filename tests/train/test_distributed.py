@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.distributed import RankError, run_distributed
 from train import distributed
+from train.precision import BUCKET_ELEMENTS, autocast, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,9 +116,9 @@ def deepspeed_step(clip_grad):
     accelerator = distributed.start()
     assert not is_deepspeed_zero3_enabled(), "transformers would build an empty model"
     model = Probe()
-    distributed.deepspeed_config(accelerator, 4, clip_grad)
+    deepspeed_config(accelerator, 4, clip_grad)
     engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    assert engine.optimizer.reduce_bucket_size == distributed.BUCKET_ELEMENTS
+    assert engine.optimizer.reduce_bucket_size == BUCKET_ELEMENTS
     assert deepspeed.comm.comm.cdb.shm_comm_op is None, "an extension was compiled"
     assert not engine.bfloat16_enabled() and engine.gradient_clipping() == clip_grad
     loss = engine(inputs(distributed.rank())).square().mean()
@@ -128,7 +129,7 @@ def deepspeed_step(clip_grad):
     dtypes = {str(p.dtype) for p in model.parameters()} | {str(g.dtype) for g in gradients.values()}
     with torch.no_grad():
         after = engine(inputs(9))
-        with distributed.autocast(accelerator):
+        with autocast(accelerator):
             assert torch.equal(accelerator.unwrap_model(engine)(inputs(9)), after)
     return str(accelerator.distributed_type.value), str(model.dtype), dtypes, gradients, parameters, after
 
