@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from train.config import RunConfig
-from train.distributed import BUCKET_ELEMENTS
 from train.model import build_model
 from train.multiscale import STAGES
+from train.precision import BUCKET_ELEMENTS
 
 GB = 1e9
 RESERVE = 1.15
