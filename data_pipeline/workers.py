@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,9 +46,16 @@ def _portable(error: Exception) -> Exception:
 
 
 def _start(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides what happens, and stops its loaders itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch ends a loader that hangs by TERM, which is blocked here.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process at the first TERM that its parent sends, or anybody once the parent is gone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent == os.getppid():
+        pass
+    os._exit(0)
 
 
 class Loaded:
@@ -71,7 +80,16 @@ class Loaded:
         )
 
     def __iter__(self) -> Iterator:
-        for item in self._loader:
+        for item in self._started():
             if isinstance(item, _Failure):
                 raise item.error from RuntimeError(f"in the data loader:\n{item.trace}")
             yield item
+
+    def _started(self) -> Iterator:
+        # Ctrl-C and SLURM's TERM reach the whole process group; the training process decides what happens, and stops
+        # its loaders itself. They inherit the mask, so that neither signal ends one, however early it comes.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

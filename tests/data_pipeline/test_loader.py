@@ -3,10 +3,11 @@
 import gc
 import itertools
 import multiprocessing
-import os
 import pickle
 import random
-import signal
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -202,11 +203,11 @@ def children_end(seconds: float = 10) -> bool:
 
 @pytest.mark.parametrize("way", ["forget", "close", "exhaust", "exception"])
 def test_no_process_is_left_behind(manifest: Manifest, tokenizer: Tokenizer, way: str) -> None:
-    batches = load([manifest], tokenizer, settings(2), stop_step=1 if way == "exhaust" else 10_000)
+    batches = load([manifest], tokenizer, settings(2), stop_step=STEPS if way == "exhaust" else 10_000)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     if way == "exhaust":
-        assert len(list(batches)) == 3
+        assert len(list(batches)) == STEPS * BATCH // MICRO - 1
     elif way == "close":
         batches.close()
     elif way == "exception":
@@ -217,12 +218,45 @@ def test_no_process_is_left_behind(manifest: Manifest, tokenizer: Tokenizer, way
     assert children_end()
 
 
-def test_loader_processes_ignore_ctrl_c(manifest: Manifest, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_loader_processes_leave_signals_to_the_training_process(
+    manifest: Manifest, tokenizer: Tokenizer, name: str
+) -> None:
     batches = load([manifest], tokenizer, settings(2))
     seen = [next(batches)]
     for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGINT)
+        subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)
     assert_equal([*seen, *batches], list(load([manifest], tokenizer)))
+    assert children_end()
+
+
+def hang(sample: dict) -> dict:
+    time.sleep(60)
+    return sample
+
+
+def exit_while_loading(manifest: Manifest, tokenizer: Tokenizer, way: str) -> None:
+    batches = load([manifest], tokenizer, settings(2), stages=[hang] if way == "hang" else [])
+    if way == "hang":
+        loop = threading.Thread(target=next, args=(batches,), daemon=True)
+        loop.start()
+        loop.join(1)
+    else:
+        next(batches)
+    setattr(sys, f"_{way}", batches)  # as the traceback of an uncaught exception holds it
+
+
+@pytest.mark.parametrize("way", ["idle", "hang"])
+def test_a_process_can_exit_with_loader_processes_that_wait_or_hang(
+    manifest: Manifest, tokenizer: Tokenizer, way: str
+) -> None:
+    process = multiprocessing.get_context("fork").Process(target=exit_while_loading, args=(manifest, tokenizer, way))
+    process.start()
+    process.join(30)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def test_a_loader_can_be_sent_to_a_process_that_is_not_forked(manifest: Manifest, tokenizer: Tokenizer) -> None:
