@@ -52,7 +52,7 @@ class AugmentConfig:
 
 @dataclass
 class CaptionConfig:
-    """How one caption is made of a sample's captions, in training; evaluation takes the first as it is."""
+    """How one caption is made of a sample's captions, in training; evaluation takes all of them as they are."""
 
     sample: Literal["random", "first"] = "random"
     """Which one of several captions a training sample uses."""

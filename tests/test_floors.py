@@ -23,7 +23,9 @@ FLOORS = {
         *("train.model", "train.loss", "train.objective", "train.optim", "train.balance", "train.retrieval"),
         *("train.history", "data_pipeline.loader"),
     ],
-    2: ["train." + name for name in ("towers", "multiscale", "self_supervision", "norm", "cli", "diagnostics")],
+    2: [
+        "train." + name for name in ("towers", "multiscale", "self_supervision", "norm", "cli", "ranges", "diagnostics")
+    ],
     1: ["train.distributed", "train.config", "train.preemption"],
     0: ["data_pipeline.config"],
 }

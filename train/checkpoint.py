@@ -18,10 +18,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from train import cli, distributed
@@ -80,7 +82,8 @@ def save(run_dir: Path, engine: Engine, average: WeightAverage, state: TrainStat
         try:
             _write(target, tensors, state, config)
             _prune(run_dir, config.checkpoint.keep)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(_part(target), ignore_errors=True)
             problem = f"checkpoint {target} could not be written: {error}; free or mend the disk and start again"
     if problem := distributed.broadcast_object(problem):
         raise ValueError(problem)
@@ -96,7 +99,7 @@ def newest(run_dir: Path) -> Path | None:
     if distributed.is_main():
         for path in _complete(run_dir):
             if damage := verify(path):
-                print(f"checkpoint {path} is damaged ({damage}): trying the one before it", flush=True)
+                print(f"checkpoint {path} is damaged ({damage}): trying the one before it", file=sys.stderr, flush=True)
             else:
                 found = path
                 break
@@ -162,13 +165,18 @@ def _root(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def _part(target: Path) -> Path:
+    """Where a checkpoint stands that is not complete, or not any more."""
+    return target.with_name(f".{target.name}.part")
+
+
 def _complete(run_dir: Path) -> list[Path]:
     """Renamed, so complete, checkpoints; newest first."""
     return sorted((p for p in _root(run_dir).glob("step_????????") if p.is_dir()), reverse=True)
 
 
 def _write(target: Path, tensors: dict[str, dict], state: TrainState, config: RunConfig) -> None:
-    temporary = target.with_name(f".{target.name}.part")
+    temporary = _part(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, content in tensors.items():
@@ -195,7 +203,7 @@ def _prune(run_dir: Path, keep: int) -> None:
     """Drop what is older than the `keep` newest, and what an interrupted save left."""
     for path in _complete(run_dir)[keep:] if keep else []:
         # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.part")))
+        shutil.rmtree(path.rename(_part(path)))
     for path in _root(run_dir).glob(".step_*.part"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -24,6 +24,7 @@ from train.feed import Feed
 from train.model import build_model
 from train.precision import autocast
 from train.preemption import EXIT_PREEMPTED, StopRequest
+from train.ranges import check_ranges
 from train.report import write_report
 from train.step import batch_digest, training_step
 from train.tracking import Tracker
@@ -56,11 +57,11 @@ def run(config: RunConfig) -> int:
     check(config)
     stop = StopRequest()
     accelerator = distributed.start()
-    directory = rundir.open_run(config)
-    if results := rundir.read_results(directory):
-        announce(directory, results, "is finished already; choose another --name to train anew")
-        return 0
-    return train(build(config, accelerator, directory, stop))
+    with rundir.open_run(config) as directory:
+        if results := rundir.read_results(directory):
+            announce(directory, results, "is finished already; choose another --name to train anew")
+            return 0
+        return train(build(config, accelerator, directory, stop))
 
 
 def train(run: Run) -> int:
@@ -193,7 +194,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a batch that cannot be dealt; before anything is started."""
+    """Refuse a batch that cannot be dealt and numbers out of their range; before anything is started."""
     batch, micro = config.train.global_batch, config.train.micro_batch
     if micro < 1 or batch < 1 or batch % micro:
         raise ValueError(
@@ -203,6 +204,7 @@ def check(config: RunConfig) -> None:
     if not config.data.train:
         raise ValueError("--data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
     check_balance(config.balance)
+    check_ranges(config)
 
 
 def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:

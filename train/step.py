@@ -120,7 +120,7 @@ def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Te
     for batch in micro_batches:
         for ids, mask in zip(batch.ids_BL.tolist(), batch.mask_BL.tolist(), strict=True):
             captions.append(_digest(repr(ids[: sum(mask)]).encode()))
-        images += [_digest(key.encode()) for key in batch.keys]
+        images += [_digest(key.encode("utf-8", "surrogateescape")) for key in batch.keys]
     device = micro_batches[0].images_BCHW.device
     own = [torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions)]
     return distributed.all_gather_rows(own[0]), distributed.all_gather_rows(own[1])
@@ -136,7 +136,7 @@ def batch_digest(micro_batches: Sequence[MicroBatch], micro_batch: int) -> int:
     total = 0
     for batch in micro_batches:
         for row, key in enumerate(batch.keys, start=batch.index * micro_batch):
-            total += _digest(f"{row} {key}".encode())
+            total += _digest(f"{row} {key}".encode("utf-8", "surrogateescape"))
     return (total + 2**63) % 2**64 - 2**63
 
 

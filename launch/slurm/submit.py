@@ -150,7 +150,7 @@ def describe_run(config: RunConfig) -> str:
         ValueError: it is finished, or holds a run with another configuration.
     """
     directory = Path(config.runs_dir) / config.name
-    if not (directory / "config.yaml").is_file():
+    if not rundir.has_started(directory):
         return f"new run in {directory}"
     if changed := cli.differences(cli.load(directory / "config.yaml"), config):
         lines = "\n  ".join(changed)

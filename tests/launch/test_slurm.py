@@ -94,6 +94,8 @@ def test_an_existing_run_goes_on_or_is_refused(submit, tmp_path):
     run.mkdir()
     arguments = ["--dry_run", "--time=1:00:00", f"--runs_dir={tmp_path}", "--name=again", "--data.train=shards"]
     (run / "config.yaml").write_text(cli.to_yaml(cli.parse(arguments[2:])))
+    assert "new run in" in submit(*arguments, "--train.seed=7")[1], "nothing was trained there"
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "no checkpoint there" in submit(*arguments)[1]
     status, said = submit(*arguments, "--train.seed=7")
     assert status == 2

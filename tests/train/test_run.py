@@ -98,7 +98,7 @@ def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
     config = straight
     before = (run_dir(config) / "metrics.jsonl").read_bytes()
     assert loop.run(config) == 0
-    printed = capfd.readouterr().out
+    printed = capfd.readouterr().err
     assert "is finished already" in printed and "R@10" in printed
     assert (run_dir(config) / "metrics.jsonl").read_bytes() == before
 
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) ->
         damaged[len(damaged) // 2] ^= 1
         (newest / name).write_bytes(damaged)
         assert checkpoint.newest(run_dir(config)).name == "step_00000006", name
-        assert "is damaged" in capfd.readouterr().out
+        assert "is damaged" in capfd.readouterr().err
         (newest / name).write_bytes(content)
     assert checkpoint.newest(run_dir(config)) == newest
 
