@@ -41,9 +41,12 @@ def _encode(row: Row, encoding: Encoding) -> dict[str, bytes] | str:
         return row.cause
     try:
         data = row.image if isinstance(row.image, bytes) else row.image.read_bytes()
-        extension, data = encode_image(data, encoding)
     except OSError as error:
         return f"the image cannot be read: {error.strerror or error}"
+    except ValueError as error:  # no path at all: it has a NUL, or half of a surrogate pair
+        return f"the image cannot be read: {error}"
+    try:
+        extension, data = encode_image(data, encoding)
     except BadSample as error:
         return error.cause
     members = {extension: data}
@@ -57,9 +60,12 @@ def _encode(row: Row, encoding: Encoding) -> dict[str, bytes] | str:
 
 
 def encode_image(data: bytes, encoding: Encoding) -> tuple[str, bytes]:
-    """Extension and bytes of an image as it is to be stored. Raises BadSample where it cannot be decoded to its end."""
+    """Extension and bytes of an image as it is to be stored.
+
+    Raises BadSample where it cannot be decoded to its end, or not be stored in the format asked for.
+    """
     image = open_image(data, encoding.max_pixels)
-    kind = str(image.format)
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more pictures behind its end
     width, height = oriented_size(image)
     shrink = min(width, height) / encoding.resize if encoding.resize else 0.0
     if shrink <= 1 and encoding.format in ("KEEP", kind):
@@ -71,5 +77,8 @@ def encode_image(data: bytes, encoding: Encoding) -> tuple[str, bytes]:
         loaded = loaded.resize(size, Image.Resampling.BICUBIC)
     kind = kind if encoding.format == "KEEP" else encoding.format
     stored = io.BytesIO()
-    loaded.save(stored, kind, quality=encoding.quality)
+    try:
+        loaded.save(stored, kind, quality=encoding.quality)
+    except (OSError, ValueError) as error:
+        raise BadSample(f"{loaded.width} x {loaded.height} pixels cannot be stored as {kind}: {error}") from error
     return EXTENSIONS[kind], stored.getvalue()
