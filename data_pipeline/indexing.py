@@ -189,7 +189,7 @@ def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, An
             system.get_file(remote, local)
             return _measured(url, local, stamp)
     except ValueError as error:
-        return f"{url}: {error}" if is_remote(url) else str(error)
+        return str(error) if url in str(error) else f"{url}: {error}"
     except Exception as error:  # Each remote backend has exceptions of its own.
         return f"{url}: cannot be read ({type(error).__name__}: {error})"
 

@@ -28,7 +28,7 @@ from data_pipeline.encoding import EXTENSIONS, Encoding, encode_rows
 from data_pipeline.manifest import FILE_NAME, write_atomically
 from data_pipeline.parallel import cores, interrupts_held, positive, run_parallel
 from data_pipeline.rows import Columns, Row, choose_columns, read_rows
-from data_pipeline.samples import MAX_PIXELS
+from data_pipeline.samples import MAX_PIXELS, encodable
 from data_pipeline.shards import ShardWriter
 from data_pipeline.tables import KINDS, Table, open_table
 
@@ -153,7 +153,9 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
     files = hashlib.sha256()
     for file in table.files:
         stat = file.stat()
-        files.update(f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        files.update(
+            f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+        )
     return {
         "INPUT": f"{len(table.files)} files, {files.hexdigest()[:16]}",
         "--split": args.split,
@@ -241,9 +243,9 @@ def _shards(
 
 def _skipped_line(row: Row, cause: str) -> bytes:
     image = str(row.image) if isinstance(row.image, Path) else ""
-    return (
-        json.dumps({"row": row.start, "key": row.key, "image": image, "cause": cause}, ensure_ascii=False) + "\n"
-    ).encode()
+    record = {"row": row.start, "key": row.key, "image": image, "cause": encodable(cause)}
+    # A file name that is not UTF-8 is escaped as JSON does it.
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _finish(out: Path, state: State, args: argparse.Namespace) -> int:

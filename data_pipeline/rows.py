@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.samples import encodable
 from data_pipeline.tables import Table
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
@@ -148,7 +149,8 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [text for item in value for text in _texts(item)]
     if isinstance(value, str | int | float):
-        return [str(value).strip()] if str(value).strip() else []
+        text = encodable(str(value)).strip()
+        return [text] if text else []
     raise ValueError(f"the caption is a {type(value).__name__}, not a text")
 
 
@@ -164,7 +166,9 @@ def _key(value: Any, number: int) -> str:
     """A key that webdataset reads back as it is: everything but letters, digits, -, _ and / is percent-encoded."""
     if value is None or value == "":
         return f"{number:09d}"
-    key = urllib.parse.quote(str(value), safe="/").replace(".", "%2E").replace("~", "%7E").strip("/")
+    # File names that are not UTF-8 have lone surrogates in Python.
+    key = urllib.parse.quote(str(value), safe="/", errors="surrogatepass")
+    key = key.replace(".", "%2E").replace("~", "%7E").strip("/")
     if len(key) <= LONGEST_KEY:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -162,11 +162,16 @@ def captions(raw: dict) -> list[str]:
         found = [_text(raw["txt"], "txt")]
     if not all(isinstance(text, str) for text in found):
         raise BadSample("a caption in the json member is not text")
-    tidy = [" ".join(text.split()) for text in found]
+    tidy = [" ".join(encodable(text).split()) for text in found]
     kept = list(dict.fromkeys(text for text in tidy if text))
     if not kept:
         raise BadSample("no caption (txt, or json with caption or captions)")
     return kept
+
+
+def encodable(text: str) -> str:
+    """The text with a ? for every half of a surrogate pair: JSON can say one ("cut \\ud83d"), UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _described(data: bytes) -> list:

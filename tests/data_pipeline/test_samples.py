@@ -215,6 +215,8 @@ def described(**content: object) -> bytes:
         ({"json": described(captions=[], caption="one")}, ["one"]),
         ({"json": described(captions=[]), "txt": b"text"}, ["text"]),
         ({"json": b"[1, 2]", "txt": b"text"}, ["text"]),
+        ({"json": b'{"caption": "cut \\ud83d"}'}, ["cut ?"]),
+        ({"json": b'{"caption": "whole \\ud83e\\udd81"}'}, ["whole 🦁"]),
     ],
 )
 def test_captions(raw: dict, expected: list[str]) -> None:
