@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else [])}
+"""Signals that do not end a loader process; macOS cannot tell who has sent a TERM, so there it does."""
+
 
 @dataclass
 class _Failure:
@@ -47,7 +50,8 @@ def _portable(error: Exception) -> Exception:
 
 def _start(worker: int) -> None:
     # torch ends a loader that hangs by TERM, which is blocked here.
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if signal.SIGTERM in HELD:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
@@ -88,7 +92,7 @@ class Loaded:
     def _started(self) -> Iterator:
         # Ctrl-C and SLURM's TERM reach the whole process group; the training process decides what happens, and stops
         # its loaders itself. They inherit the mask, so that neither signal ends one, however early it comes.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         try:
             return iter(self._loader)
         finally:
