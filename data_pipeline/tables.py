@@ -114,11 +114,22 @@ class CsvTable(Table):
     def _lines(self) -> Iterator[list[str]]:
         # Captions may be longer than the csv module's default of 128 KiB.
         csv.field_size_limit(2**31 - 1)
+        begin = 1
         try:
             with self.files[0].open(encoding="utf-8-sig", newline="") as file:
-                yield from (line for line in csv.reader(file, delimiter=self.delimiter) if line)
-        except (UnicodeDecodeError, csv.Error) as error:
+                # Not strict, it would take all rows up to the next quote for one field.
+                reader = csv.reader(file, delimiter=self.delimiter, strict=True)
+                for line in reader:
+                    begin = reader.line_num + 1
+                    if line:
+                        yield line
+        except UnicodeDecodeError as error:
             raise ValueError(f"INPUT: {self.files[0]} cannot be read as UTF-8 CSV: {error}") from None
+        except csv.Error as error:
+            raise ValueError(
+                f"INPUT: {self.files[0]}: the row that begins in line {begin} has an unbalanced quote ({error}); put "
+                f'the field between quotes and write each quote of its text as ""'
+            ) from None
 
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
         width = len(self.columns)

@@ -27,6 +27,20 @@ def test_reading_from_any_row_on(kind, tmp_path):
         assert (record["label"] if kind != "csv" else int(record["label"])) == expected["label"]
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("t.tsv", "\t"), ("t.csv", ",")])
+@pytest.mark.parametrize("rest", ["", 'e.png|"whole"\n', 'e.png|the 6" one\n'])
+def test_an_unbalanced_quote_is_named_and_swallows_nothing(name, delimiter, rest, tmp_path):
+    good = 'image|caption\na.png|"two\nlines"\nb.png|"with ""quotes"""\n\nc.png|a 5" disk\n'
+    table = f'{good}d.png|"The Night" by Vincent\n{rest}'
+    (tmp_path / name).write_text(good.replace("|", delimiter))
+    captions = [record["caption"] for record, _ in open_table(tmp_path / name).read()]
+    assert captions == ["two\nlines", 'with "quotes"', 'a 5" disk']
+    for opened in (table, table.replace('Night" by', "Night by")):
+        (tmp_path / name).write_text(opened.replace("|", delimiter))
+        with pytest.raises(ValueError, match=rf'INPUT: .*{name}: the row that begins in line 7 has .* quote .* as ""'):
+            len(open_table(tmp_path / name))
+
+
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
 def test_row_groups_larger_and_smaller_than_a_batch(rows, tmp_path):
     parquet.write_table(arrow.table({"number": list(range(300))}), tmp_path / "t.parquet", row_group_size=rows)
