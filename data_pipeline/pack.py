@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipeline import indexing
 from data_pipeline.encoding import EXTENSIONS, Encoding, encode_rows
-from data_pipeline.manifest import FILE_NAME, write_atomically
+from data_pipeline.manifest import FILE_NAME, load_manifest, write_atomically
 from data_pipeline.parallel import cores, interrupts_held, positive, run_parallel
 from data_pipeline.rows import Columns, Row, choose_columns, read_rows
 from data_pipeline.samples import MAX_PIXELS, encodable
@@ -248,6 +248,16 @@ def _skipped_line(row: Row, cause: str) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
+def _lists(path: Path, shards: list[str], samples: int) -> bool:
+    """Whether the manifest is of these shards; `index` may have written it when the pack was not done."""
+    try:
+        manifest = load_manifest(path)
+    except ValueError:
+        return False
+    urls = [os.path.normpath(shard) for shard in shards]
+    return [shard.url for shard in manifest.shards] == urls and manifest.nsamples == samples
+
+
 def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
     """Write the manifest and say what came of it."""
     listed = ""
@@ -258,10 +268,10 @@ def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
     if not state.complete:
         raise ValueError(f"no sample of {args.input} could be packed; all {state.skipped:,} are listed in {listed}")
     manifest = out / FILE_NAME
-    if manifest.exists():
+    shards = [str(out / f"{PREFIX}-{number:06d}.tar") for number in range(state.shards)]
+    if _lists(manifest, shards, state.samples):
         print(f"{out} is packed already")
     else:
-        shards = [str(out / f"{PREFIX}-{number:06d}.tar") for number in range(state.shards)]
         indexing.index(shards, manifest, args.workers)
     print(f"{state.samples:,} samples in {state.shards:,} shards: {manifest}")
     if state.skipped:

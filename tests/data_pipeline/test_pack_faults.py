@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.__main__ import main
 from data_pipeline.shards import ShardReader
 from tests.data_pipeline.pack_inputs import (
     RECORDS,
@@ -85,6 +86,26 @@ def test_shards_without_their_manifest_are_continued_from(folder, tmp_path, caps
     capsys.readouterr()
     assert run_pack(table, out) == 0
     assert "continuing: 1 complete shards" in capsys.readouterr().err
+    assert content(out) == expected
+
+
+def test_a_manifest_of_the_shards_so_far_is_replaced(folder, tmp_path, capsys):
+    table, out = write_csv(folder / "t.csv", RECORDS), tmp_path / "out"
+    run_pack(table, out, "--shard-size", 2)
+    expected = content(out)
+    state = json.loads((out / "pack.json").read_text())
+    state.update(rows=2, shards=1, samples=2, complete=False)
+    (out / "pack.json").write_text(json.dumps(state))
+    for written in (out / "manifest.json", *out.glob("shard-00000[12].tar")):
+        written.unlink()
+    assert main(["index", str(out)]) == 0
+    assert run_pack(table, out, "--shard-size", 2) == 0
+    assert content(out) == expected
+    assert "packed already" not in capsys.readouterr().out
+    assert run_pack(table, folder / "../out", "--shard-size", 2) == 0
+    assert "packed already" in capsys.readouterr().out
+    (out / "manifest.json").write_text("{}")
+    assert run_pack(table, out, "--shard-size", 2) == 0
     assert content(out) == expected
 
 
