@@ -79,7 +79,7 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # The name of a part states its size to be: fetches at the same time count each other in full.
             excess = sum(_final_size(part) for part in self._files(_PART) if not _is_stale(part))
-            kept = sorted((path.stat().st_mtime_ns, path) for path in self._files(_TAR))
+            kept = sorted((path.stat().st_atime_ns, path) for path in self._files(_TAR))
             excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
             for _, path in kept:
                 if excess <= 0:
@@ -100,10 +100,11 @@ def _final_size(part: Path) -> int:
 def _touch(path: Path, filesize: int) -> bool:
     """Whether the cache holds the whole shard; marks it as just used."""
     try:
-        if path.stat().st_size != filesize:
+        stat = path.stat()
+        if stat.st_size != filesize:
             return False
-        now = time.time_ns()  # Finer than the clock that the system itself stamps files with.
-        os.utime(path, ns=(now, now))
+        # Finer than the clock that the system itself stamps files with. The index beside the shard holds by its mtime.
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
         return True
     except FileNotFoundError:
         return False

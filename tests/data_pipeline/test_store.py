@@ -123,6 +123,16 @@ def test_least_recently_used_shards_leave_first_with_their_index(server, cache):
     assert server.requests == ["/a.tar", "/b.tar", "/c.tar", "/b.tar"]
 
 
+def test_the_index_beside_a_shard_holds_while_the_shard_stays(server, cache):
+    shard = remote_shard(server)
+    read_index(store(cache).local(shard))
+    kept = cache / f"{shard.sha256}.tar.idx"
+    written = kept.stat().st_mtime_ns
+    time.sleep(0.02)
+    read_index(store(cache).local(shard))
+    assert kept.stat().st_mtime_ns == written
+
+
 def test_files_of_others_in_the_directory_are_left_alone(server, cache):
     names = ("train-000000.tar", "train-000000.tar.idx", "notes.part", f"{'A' * 64}.tar", f"{'0' * 64}.part", "lock")
     cache.mkdir()
