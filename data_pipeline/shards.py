@@ -44,6 +44,11 @@ class ShardReader:
             sample[extension] = data
         return sample
 
+    @property
+    def deleted(self) -> bool:
+        """Whether the tar was deleted since: it can be read, and fills the disk, until it is closed."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
     def close(self) -> None:
         self._file.close()
 

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from data_pipeline.batch import MicroBatch
 from data_pipeline.captions import check_captions, pick_caption
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, Shard, is_remote
 from data_pipeline.masking import Masking
 from data_pipeline.order import Mixture, Order, Position
 from data_pipeline.samples import BadSample, split
@@ -31,6 +31,8 @@ from data_pipeline.transforms import train_transform
 T = TypeVar("T")
 SLOT = "__slot__"
 """Key of a sample's Slot."""
+OPENINGS = 10
+"""Times that a remote shard is fetched while other processes push it out of the cache before it is open."""
 
 
 @dataclass
@@ -108,12 +110,26 @@ class Readers:
     def _reader(self, source: int, shard: int) -> ShardReader:
         at = (source, shard)
         if at not in self._open:
+            # What has left the cache must leave the disk too, or cache_gb would bound nothing.
+            for gone in [key for key, reader in self._open.items() if is_remote(reader.url) and reader.deleted]:
+                self._open.pop(gone).close()
             if len(self._open) >= self._limit:
                 self._open.popitem(last=False)[1].close()
-            wanted = self.manifests[source].shards[shard]
-            self._open[at] = ShardReader(self._store.local(wanted), wanted)
+            self._open[at] = self._opened(self.manifests[source].shards[shard])
         self._open.move_to_end(at)
         return self._open[at]
+
+    def _opened(self, shard: Shard) -> ShardReader:
+        for _ in range(OPENINGS):
+            try:
+                return ShardReader(self._store.local(shard), shard)
+            except (FileNotFoundError, ValueError) as error:
+                is_missing = FileNotFoundError in (type(error), type(error.__cause__))
+                if not (is_missing and is_remote(shard.url)):
+                    raise
+        raise ValueError(
+            f"shard {shard.url} left the cache {OPENINGS} times before it could be opened: raise --data.cache_gb"
+        )
 
 
 class IndexedSource:
