@@ -84,4 +84,5 @@ def linear(x_ND: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
 
 def split_by_key(keys: Sequence[str]) -> np.ndarray:
     """Boolean [N]: which samples are tested where only one data set is given, a fifth, by a hash of their key."""
-    return np.array([hashlib.sha256(key.encode()).digest()[0] % 5 == 0 for key in keys], dtype=bool)
+    contents = (key.encode("utf-8", "surrogateescape") for key in keys)
+    return np.array([hashlib.sha256(content).digest()[0] % 5 == 0 for content in contents], dtype=bool)
