@@ -20,7 +20,10 @@ def test_gradients_equal_one_plain_process(engine: str, world: int) -> None:
     check(engine, world, ("tiled", "sigmoid", LEVELS, SELF_SUPERVISED))
 
 
-@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("engine", "world"),
+    [("zero2", 2), *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero3"))],
+)
 def test_in_bf16_features_that_are_cached_are_those_that_are_differentiated(engine: str, world: int) -> None:
     for case, (loss, gradient, parameter) in run_cases(engine, world, (1, 2), ("tiled",), bf16=True).items():
         assert loss <= TOLERANCE, f"{case}: the loss is off by {loss:.1e}"
