@@ -98,7 +98,7 @@ def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
     config = straight
     before = (run_dir(config) / "metrics.jsonl").read_bytes()
     assert loop.run(config) == 0
-    printed = capfd.readouterr().err
+    printed = capfd.readouterr().out
     assert "is finished already" in printed and "R@10" in printed
     assert (run_dir(config) / "metrics.jsonl").read_bytes() == before
 
