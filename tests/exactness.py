@@ -111,7 +111,7 @@ def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:
     return batches
 
 
-def plain_gradients(config: RunConfig, bf16: bool) -> tuple[float, dict[str, Tensor]]:
+def plain_gradients(config: RunConfig, bf16: bool = False) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process that holds the whole batch, by the textbook formulas and one backward."""
     from train.model import build_model
 
