@@ -152,7 +152,9 @@ def plain_embedding_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.slow if name in ("zero1", "zero2") else ()) for name in ENGINES]
+)
 def test_every_engine_measures_what_a_plain_model_has(runs, engine: str) -> None:
     ranks, _ = runs(engine)
     for metrics, expected in zip(ranks[0]["metrics"], ranks[0]["expected"], strict=True):
