@@ -153,7 +153,7 @@ def plain_embedding_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.slow if name in ("zero1", "zero2") else ()) for name in ENGINES]
+    "engine", [pytest.param(name, marks=pytest.mark.slow if name == "zero2" else ()) for name in ENGINES]
 )
 def test_every_engine_measures_what_a_plain_model_has(runs, engine: str) -> None:
     ranks, _ = runs(engine)
