@@ -28,7 +28,7 @@ from data_pipeline.encoding import EXTENSIONS, Encoding, encode_rows
 from data_pipeline.manifest import FILE_NAME, load_manifest, write_atomically
 from data_pipeline.parallel import cores, interrupts_held, positive, run_parallel
 from data_pipeline.rows import Columns, Row, choose_columns, read_rows
-from data_pipeline.samples import MAX_PIXELS, encodable
+from data_pipeline.samples import MAX_PIXELS, encodable, name_bytes
 from data_pipeline.shards import ShardWriter
 from data_pipeline.tables import KINDS, Table, open_table
 
@@ -153,9 +153,7 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
     files = hashlib.sha256()
     for file in table.files:
         stat = file.stat()
-        files.update(
-            f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-        )
+        files.update(name_bytes(f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return {
         "INPUT": f"{len(table.files)} files, {files.hexdigest()[:16]}",
         "--split": args.split,

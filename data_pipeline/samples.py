@@ -169,6 +169,11 @@ def captions(raw: dict) -> list[str]:
     return kept
 
 
+def name_bytes(text: str) -> bytes:
+    """The bytes that text with names of files or tar members was read from; names need not be UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def encodable(text: str) -> str:
     """The text with a ? for every half of a surrogate pair: JSON can say one ("cut \\ud83d"), UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.samples import name_bytes
 from train.retrieval import check_finite
 from train.zeroshot import accuracy
 
@@ -84,5 +85,4 @@ def linear(x_ND: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
 
 def split_by_key(keys: Sequence[str]) -> np.ndarray:
     """Boolean [N]: which samples are tested where only one data set is given, a fifth, by a hash of their key."""
-    contents = (key.encode("utf-8", "surrogateescape") for key in keys)
-    return np.array([hashlib.sha256(content).digest()[0] % 5 == 0 for content in contents], dtype=bool)
+    return np.array([hashlib.sha256(name_bytes(key)).digest()[0] % 5 == 0 for key in keys], dtype=bool)
