@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,12 @@ class Engine:
     @torch.no_grad()
     def features(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
         """The same features without a graph."""
-        with precision.autocast(self.accelerator):
+        with self.autocast():
             return self.module(micro_batches, seeds)
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's precision for forward passes of the bare module, in evaluation too."""
+        return precision.autocast(self.accelerator)
 
     def exchange(self, now: bool) -> None:
         """Before a forward: whether ranks exchange gradients in its backward, as they do in the last one of a step.
@@ -280,7 +285,7 @@ class Engine:
 def _check_resident(config: RunConfig) -> None:
     """A synchronized norm sees the images of one forward: the whole share of a step has to be in it."""
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
-    if config.model.image.norm == "sync_batch" and share > max(1, config.train.resident):
+    if config.model.image.norm == "sync_batch" and share > config.train.resident:
         raise ValueError(
             f"--train.resident {config.train.resident}: with --model.image.norm sync_batch all {share} micro-batches "
             f"of a process go through the image tower together; set --train.resident {share}, or take "

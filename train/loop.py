@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from train.engine import Engine
 from train.evaluate import Evaluation, evaluate, table
 from train.feed import Feed
 from train.model import build_model
-from train.precision import autocast
 from train.preemption import EXIT_PREEMPTED, StopRequest
 from train.ranges import check_ranges
 from train.report import write_report
@@ -216,13 +214,7 @@ def held_out(run: Run) -> Evaluation:
     """Retrieval on the held-out data with the weights of now, or their average where `optim.ema` is set."""
     engine = run.engine
     with run.average.applied():
-        return evaluate(
-            engine.module,
-            run.config,
-            run.tokenizer,
-            run.val,
-            autocast=partial(autocast, engine.accelerator),
-        )
+        return evaluate(engine.module, run.config, run.tokenizer, run.val, autocast=engine.autocast)
 
 
 def due(step: int, every: int) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
+from data_pipeline.samples import name_bytes
 from train import distributed, norm
 from train.config import LossConfig, RunConfig
 from train.diagnostics import embedding_metrics
@@ -40,7 +41,7 @@ def training_step(
         Metrics of the step, the same on every rank.
     """
     seeds = [micro_batch_seed(config.train.seed, batch.step, batch.index) for batch in micro_batches]
-    size = max(1, config.train.resident)
+    size = config.train.resident
     parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
     cached = len(parts) > 1
 
@@ -120,7 +121,7 @@ def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Te
     for batch in micro_batches:
         for ids, mask in zip(batch.ids_BL.tolist(), batch.mask_BL.tolist(), strict=True):
             captions.append(_digest(repr(ids[: sum(mask)]).encode()))
-        images += [_digest(key.encode("utf-8", "surrogateescape")) for key in batch.keys]
+        images += [_digest(name_bytes(key)) for key in batch.keys]
     device = micro_batches[0].images_BCHW.device
     own = [torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions)]
     return distributed.all_gather_rows(own[0]), distributed.all_gather_rows(own[1])
@@ -136,7 +137,7 @@ def batch_digest(micro_batches: Sequence[MicroBatch], micro_batch: int) -> int:
     total = 0
     for batch in micro_batches:
         for row, key in enumerate(batch.keys, start=batch.index * micro_batch):
-            total += _digest(f"{row} {key}".encode("utf-8", "surrogateescape"))
+            total += _digest(name_bytes(f"{row} {key}"))
     return (total + 2**63) % 2**64 - 2**63
 
 
