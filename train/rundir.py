@@ -63,19 +63,21 @@ def write_results(run_dir: Path, results: dict) -> None:
 
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
     """Why this configuration may not go on in the directory; None where it may."""
+    if conflict := another_run(run_dir, config):
+        return f"{conflict}\nChoose another --name, or give the fields their values of before to go on with that run."
     path = run_dir / "config.yaml"
-    if path.is_file() and has_started(run_dir):
-        changed = cli.differences(cli.load(path), config)
-        if changed:
-            lines = "\n  ".join(changed)
-            return (
-                f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}\n"
-                "Choose another --name, or give the fields their values of before to go on with that run."
-            )
     temporary = run_dir / "config.yaml.part"
     temporary.write_text(cli.to_yaml(config))
     temporary.replace(path)
     return None
+
+
+def another_run(run_dir: Path, config: RunConfig) -> str:
+    """How the run that has started there differs from this one; empty where there is none, or it is the same."""
+    path = run_dir / "config.yaml"
+    changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
+    lines = "\n  ".join(changed)
+    return f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if changed else ""
 
 
 def has_started(run_dir: Path) -> bool:

@@ -152,9 +152,8 @@ def describe_run(config: RunConfig) -> str:
     directory = Path(config.runs_dir) / config.name
     if not rundir.has_started(directory):
         return f"new run in {directory}"
-    if changed := cli.differences(cli.load(directory / "config.yaml"), config):
-        lines = "\n  ".join(changed)
-        raise ValueError(f"--name {config.name}: {directory} holds a run with another configuration:\n  {lines}")
+    if conflict := rundir.another_run(directory, config):
+        raise ValueError(conflict)
     if rundir.read_results(directory):
         raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
     found = checkpoint.newest(directory)
