@@ -106,8 +106,8 @@ def write_shards(examples: Iterable[Example], folder: Path, *, first_caption: bo
     with ShardWriter(folder, folder.name, max_samples=SAMPLES_PER_SHARD) as writer:
         for example in examples:
             captions = example.captions[:1] if first_caption else example.captions
-            label = json.dumps({"captions": captions}, ensure_ascii=False).encode()
-            members = {example.extension: example.image, "json": label}
+            described = json.dumps({"captions": captions}, ensure_ascii=False).encode()
+            members = {example.extension: example.image, "json": described}
             if example.label is not None:
                 members["cls"] = example.label.encode()
             writer.write(example.key, members)

@@ -13,11 +13,16 @@ ASKED = 'case "$*" in *hostnames*) echo n1 ;; *) echo "NodeName=n1 NodeAddr=10.0
 PROGRAMS = {"srun": 'echo "srun $*"', "scontrol": ASKED}
 
 
+def install(directory: Path, programs: dict[str, str]) -> None:
+    """Programs of these names, with these lines of bash."""
+    for name, text in programs.items():
+        (directory / name).write_text(f"#!/bin/bash\n{text}\n")
+        (directory / name).chmod(0o755)
+
+
 def batch(tmp_path: Path, **variables: str) -> str:
     """What train.sbatch prints, with the checkout's path as ROOT."""
-    for name, text in PROGRAMS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    install(tmp_path, PROGRAMS)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "DUET_ROOT": str(ROOT)}
     done = subprocess.run(
         ["bash", "launch/slurm/train.sbatch", "--config", "train/configs/seed.yaml"],
@@ -31,10 +36,8 @@ def batch(tmp_path: Path, **variables: str) -> str:
 
 
 def test_a_failure_that_comes_back_is_not_requeued_for_ever(tmp_path):
-    programs = {**PROGRAMS, "srun": "exit 7", "scontrol": f'case "$1" in requeue) echo requeued ;; *) {ASKED} ;; esac'}
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    requeue = f'case "$1" in requeue) echo requeued ;; *) {ASKED} ;; esac'
+    install(tmp_path, {"srun": "exit 7", "scontrol": requeue})
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "DUET_RETRY_AFTER": "0"}
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DUET_ROOT": str(tmp_path), **job}
@@ -83,9 +86,7 @@ def test_apptainer_runs_the_launcher_inside(tmp_path):
         "python3": 'case "$*" in *launch.network*) echo eth0 ;; *) echo "inside: $*" ;; esac',
     }
     (tmp_path / "run").mkdir()
-    for name, text in programs.items():
-        (tmp_path / "run" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "run" / name).chmod(0o755)
+    install(tmp_path / "run", programs)
     said = batch(tmp_path, DUET_CONTAINER="duet.sif", PATH=f"{tmp_path}/run:{tmp_path}:{os.environ['PATH']}")
     assert "inside: -m launch.start" in said
     place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 20007 --num_processes 16"

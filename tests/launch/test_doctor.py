@@ -101,11 +101,16 @@ def test_state_bytes_of_every_zero_stage():
     assert large.smallest_stage(memory.RESERVE * 4e9) is None
 
 
-def test_activations_grow_with_the_resident_micro_batches(bert):
+def small(bert: Path, global_batch: int) -> RunConfig:
     config = RunConfig()
     config.model.image.name, config.model.text.name, config.model.text.weights = "resnet18", str(bert), "scratch"
     config.data.image_size, config.data.max_tokens = 64, 16
-    config.train.global_batch, config.train.micro_batch = 64, 8
+    config.train.global_batch, config.train.micro_batch = global_batch, 8
+    return config
+
+
+def test_activations_grow_with_the_resident_micro_batches(bert):
+    config = small(bert, 64)
     one = memory.plan(config, world=2, bf16=False)
     config.train.resident = 4
     four = memory.plan(config, world=2, bf16=False)
@@ -117,10 +122,7 @@ def test_activations_grow_with_the_resident_micro_batches(bert):
 
 
 def test_a_tower_that_never_learns_needs_its_weights_alone(bert):
-    config = RunConfig()
-    config.model.image.name, config.model.text.name, config.model.text.weights = "resnet18", str(bert), "scratch"
-    config.data.image_size, config.data.max_tokens = 64, 16
-    config.train.global_batch, config.train.micro_batch = 8, 8
+    config = small(bert, 8)
     every = memory.plan(config, world=1, bf16=False)
     assert every.learning == every.parameters
     config.model.image.locked_until = -1

@@ -38,8 +38,7 @@ def test_another_configuration_is_refused_once_a_step_has_been_made(tmp_path):
         pass
 
 
-def test_a_directory_is_one_process_s_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "LOCK_SECONDS", 1)
+def test_a_directory_is_one_process_s_at_a_time(tmp_path):
     config = RunConfig(name="run", runs_dir=str(tmp_path))
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
