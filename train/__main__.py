@@ -12,22 +12,24 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 a failure, 2 the user's mistake, 85 a signal (state saved), 130 interrupted."""
     try:
         config = cli.parse(argv)
-        from train import loop  # after parsing: --help and a mistake answer without loading torch
+        from train import distributed, loop  # after parsing: --help and a mistake answer without loading torch
 
-        return loop.run(config)
+        status = loop.run(config)
+        distributed.stop()
+        return status
     except ValueError as error:
         if os.environ.get("DUET_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from torch import distributed
+        from torch import distributed as dist
 
-        collective = isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
-        if not (collective and distributed.is_initialized()):
+        collective = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        if not (collective and dist.is_initialized()):
             raise
         print(
-            f"error: rank {distributed.get_rank()} has lost the other ranks ({str(error).splitlines()[0]}): a "
+            f"error: rank {dist.get_rank()} has lost the other ranks ({str(error).splitlines()[0]}): a "
             "process, a host or the network is gone. The newest checkpoint is whole, the same command goes on from it",
             file=sys.stderr,
             flush=True,

@@ -13,8 +13,9 @@ from train import distributed
 ROOT = Path(__file__).parents[2]
 
 REPORT = """
-import os, sys, torch
+import atexit, os, sys, torch
 from train import distributed
+atexit.register(lambda: os.write(1, f"LEFT {not torch.distributed.is_initialized()}\\n".encode()))
 try:
     accelerator = distributed.start()
 except ValueError as error:
@@ -74,6 +75,7 @@ def test_two_processes_on_cpu(tmp_path, engine):
     assert done.returncode == 0, done.stderr
     name = "MULTI_CPU" if engine == "MULTI_GPU" else engine
     assert done.results == [f"RESULT {name} cpu 0 2", f"RESULT {name} cpu 1 2"]
+    assert done.stdout.count("LEFT True") == 2, "gloo's threads are alive while the interpreter goes"
 
 
 def test_command_line_wins_over_the_config_file(tmp_path):
