@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from data_pipeline.files import read_file
 from data_pipeline.rows import Row
 from data_pipeline.samples import BadSample, decode_image, load_image, open_image, oriented_size
 
@@ -40,7 +41,7 @@ def _encode(row: Row, encoding: Encoding) -> dict[str, bytes] | str:
     if row.cause or row.image is None:
         return row.cause
     try:
-        data = row.image if isinstance(row.image, bytes) else row.image.read_bytes()
+        data = row.image if isinstance(row.image, bytes) else read_file(row.image)
     except OSError as error:
         return f"the image cannot be read: {error.strerror or error}"
     except ValueError as error:  # no path at all: it has a NUL, or half of a surrogate pair

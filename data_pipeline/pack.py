@@ -152,7 +152,7 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
     """All that the shards are a function of, by flag; the input by a digest of its files' names, sizes and times."""
     files = hashlib.sha256()
     for file in table.files:
-        stat = file.stat()
+        stat = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
         files.update(name_bytes(f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return {
         "INPUT": f"{len(table.files)} files, {files.hexdigest()[:16]}",
@@ -207,7 +207,7 @@ def _shards(
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     results = run_parallel(functools.partial(encode_rows, encoding=encoding), chunks, args.workers)
     writer = ShardWriter(out, PREFIX, max_samples=args.shard_size, max_bytes=args.max_bytes, first=state.shards)
-    samples, skipped = state.samples, state.skipped
+    rows_done, samples, skipped = state.rows, state.samples, state.skipped
     with (
         contextlib.closing(results),
         (out / SKIPPED).open("ab") as causes,
@@ -233,10 +233,11 @@ def _shards(
                     if len(writer.paths) > begun:
                         yield reached(row.start)
                     samples += 1
+                rows_done = row.stop
                 bar.update(row.stop - row.start)
             bar.set_postfix(samples=samples, skipped=skipped, refresh=False)
         writer.finish()
-        yield reached(bar.n, complete=samples > 0)
+        yield reached(rows_done, complete=samples > 0)
 
 
 def _skipped_line(row: Row, cause: str) -> bytes:
@@ -263,6 +264,8 @@ def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
         with (out / SKIPPED).open(encoding="utf-8") as causes:
             first = json.loads(causes.readline())
         listed = f"{out / SKIPPED} (first: row {first['row']}, {first['cause']})"
+    if not (state.complete or state.skipped):
+        raise ValueError(f"INPUT: {args.input} has no rows")
     if not state.complete:
         raise ValueError(f"no sample of {args.input} could be packed; all {state.skipped:,} are listed in {listed}")
     manifest = out / FILE_NAME

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -139,12 +141,14 @@ def _image(value: Any, folder: Path) -> Path | bytes:
         raise ValueError("no image")
     if "://" in value:
         raise ValueError(f"the image is a url ({value}); pack reads local files")
-    return folder / value.strip()
+    path = folder / value
+    # White space around a cell's path is usually no part of it, but a file's name may well have some.
+    return path if value == value.strip() or os.path.exists(path) else folder / value.strip()  # noqa: PTH110
 
 
 def _texts(value: Any) -> list[str]:
     """Captions of a cell: a text, a number, or a list of them."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return []
     if isinstance(value, list | tuple):
         return [text for item in value for text in _texts(item)]
@@ -154,21 +158,26 @@ def _texts(value: Any) -> list[str]:
     raise ValueError(f"the caption is a {type(value).__name__}, not a text")
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a cell is empty; pandas puts NaN there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _class(value: Any, column: str) -> str:
-    """WebDataset's `cls` is a whole number in decimal."""
-    try:
-        return str(int(str(value)))
-    except ValueError:
-        raise ValueError(f"the class {value!r} in column {column!r} is not a whole number") from None
+    """WebDataset's `cls` is a whole number in decimal; pandas makes 3.0 of 3 where another cell is empty."""
+    match = re.fullmatch(r"([+-]?\d+)(\.0+)?", str(value).strip())
+    if match is None:
+        raise ValueError(f"the class {value!r} in column {column!r} is not a whole number")
+    return str(int(match[1]))
 
 
 def _key(value: Any, number: int) -> str:
     """A key that webdataset reads back as it is: everything but letters, digits, -, _ and / is percent-encoded."""
-    if value is None or value == "":
-        return f"{number:09d}"
     # File names that are not UTF-8 have lone surrogates in Python.
-    key = urllib.parse.quote(str(value), safe="/", errors="surrogatepass")
+    key = "" if _is_missing(value) else urllib.parse.quote(str(value), safe="/", errors="surrogatepass")
     key = key.replace(".", "%2E").replace("~", "%7E").strip("/")
+    if not key:
+        return f"{number:09d}"
     if len(key) <= LONGEST_KEY:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -112,7 +112,7 @@ def _orientation(image: Image.Image) -> int:
         raise
     except Exception:
         return 1
-    return orientation if isinstance(orientation, int) else 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 @contextmanager

@@ -16,10 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import files_below, read_file
+
 Record = tuple[dict[str, Any], str]
 
 KINDS = "a folder of images with .txt or .json beside them, .csv, .tsv, .jsonl, .parquet, or a datasets directory"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+READABLE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp")
+IMAGE_SUFFIXES = (*READABLE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 KEY = "__key__"
 """Column of a folder that holds the image's path without its suffix."""
 BATCH = 64
@@ -68,8 +71,8 @@ def open_table(path: str | Path, split: str = "") -> Table:
 
 def _json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -86,9 +89,6 @@ class Table:
     """The column that names the samples where the user gives none."""
 
     def __init__(self, files: Sequence[Path], folder: Path) -> None:
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"INPUT: {missing[0]} is missing")
         self.files, self.folder = list(files), folder
 
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
@@ -155,7 +155,7 @@ class JsonlTable(Table):
             for line in itertools.islice(lines, start, None):
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield {}, f"the line is not JSON: {error}"
                     continue
                 ok = isinstance(record, dict)
@@ -163,7 +163,7 @@ class JsonlTable(Table):
 
 
 class ParquetTable(Table):
-    """Parquet files, one after the other."""
+    """Parquet files, one after the other; a file need not have every column."""
 
     def __init__(self, files: Sequence[Path], folder: Path) -> None:
         import pyarrow as arrow
@@ -175,7 +175,7 @@ class ParquetTable(Table):
             metadata = [parquet.read_metadata(file) for file in self.files]
         except (arrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"INPUT: a Parquet file of {folder} cannot be read: {error}") from None
-        self.columns = [name.split(".")[0] for name in metadata[0].schema.to_arrow_schema().names]
+        self.columns = list(dict.fromkeys(name for part in metadata for name in part.schema.to_arrow_schema().names))
         self.sizes = [[part.row_group(i).num_rows for i in range(part.num_row_groups)] for part in metadata]
 
     def __len__(self) -> int:
@@ -198,6 +198,9 @@ class ArrowTable(Table):
         super().__init__(files, folder)
         if not files:
             raise ValueError(f"INPUT: {folder}/state.json names no data files")
+        missing = [str(file) for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"INPUT: {missing[0]} is missing")
         self.columns = []
         for _, batch in zip(range(1), self._batches(), strict=False):
             self.columns = list(batch.schema.names)
@@ -225,7 +228,8 @@ def _records(batches: Iterator[Any], start: int, columns: Sequence[str] | None) 
         rows = batch.num_rows
         for first in range(start, rows, BATCH):
             part = batch.slice(first, BATCH)
-            yield from ((record, "") for record in (part.select(columns) if columns else part).to_pylist())
+            known = [name for name in columns or part.schema.names if name in part.schema.names]
+            yield from ((record, "") for record in part.select(known).to_pylist())
         start = max(0, start - rows)
 
 
@@ -233,7 +237,8 @@ class FolderTable(Table):
     """Images of a folder and all below it, each with its captions in a .txt (one per line) or a .json beside it.
 
     Columns: `__key__`, `image` (path), `caption` (the lines of the .txt and `caption`/`captions` of the .json), and
-    the other fields of the .json. A side-car without an image is a record too, with that cause.
+    the other fields of the .json. A side-car without an image is a record too, with that cause, and so is a second
+    image of the same name.
     """
 
     key = KEY
@@ -241,22 +246,20 @@ class FolderTable(Table):
 
     def __init__(self, folder: Path) -> None:
         self.stems: dict[str, list[str]] = {}
-        files = []
-        for parent, names, leaves in os.walk(folder, followlinks=True):
-            names[:] = [name for name in names if not name.startswith(".")]
-            for leaf in leaves:
-                if not leaf.startswith(".") and leaf.lower().endswith((*IMAGE_SUFFIXES, ".txt", ".json")):
-                    files.append(os.path.relpath(os.path.join(parent, leaf), folder))  # noqa: PTH118
+        suffixes = (*IMAGE_SUFFIXES, ".txt", ".json")
+        files = [str(file.relative_to(folder)) for file in files_below(folder) if file.name.lower().endswith(suffixes)]
         # By stem first: an image and its side-cars stand together.
         for name in sorted(files, key=os.path.splitext):
             self.stems.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122
         super().__init__([folder / name for name in sorted(files)], folder)
-        self._rows = [
-            (stem, image)
-            for stem, names in self.stems.items()
-            for image in [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)] or [""]
-        ]
-        if not any(image for _, image in self._rows):
+        self._rows: list[tuple[str, str, str]] = []
+        for stem, names in self.stems.items():
+            images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+            # The one that can be read comes first: the others of its name are left out.
+            images.sort(key=lambda name: not name.lower().endswith(READABLE_SUFFIXES))
+            self._rows.append((stem, images[0], "") if images else (stem, "", f"no image beside {', '.join(names)}"))
+            self._rows += [(stem, image, f"{images[0]} has the same name") for image in images[1:]]
+        if not any(image for _, image, _ in self._rows):
             raise ValueError(f"INPUT: no image in {folder}; pack reads {KINDS}")
         probed = (record for record, _ in itertools.islice(self.read(), PROBED))
         self.columns = list(dict.fromkeys(name for record in probed for name in record))
@@ -265,14 +268,13 @@ class FolderTable(Table):
         return len(self._rows)
 
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
-        for stem, image in self._rows[start:]:
+        for stem, image, cause in self._rows[start:]:
             record: dict[str, Any] = {}
             captions: list[Any] = []
-            cause = "" if image else f"no image beside {', '.join(self.stems[stem])}"
             try:
                 for name in self.stems[stem] if columns != [KEY] else []:
                     if name.lower().endswith(".txt"):
-                        captions += (self.folder / name).read_text(encoding="utf-8-sig").splitlines()
+                        captions += read_file(self.folder / name).decode("utf-8-sig").splitlines()
                     elif name.lower().endswith(".json"):
                         record = _json(self.folder / name)
                         captions += [record.pop("caption", None), record.pop("captions", None)]
