@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FILE_NAME = "manifest.json"
 KIND = "wids-shard-index-v1"
@@ -94,6 +94,13 @@ def filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         raise ValueError(f"{url}: reading {scheme}:// needs another package: pip install {_INSTALL[scheme]}") from error
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """A remote file, to be read from front to back. Raises what its backend raises."""
+    system, path = filesystem(url)
+    # In one stream, where fsspec reads ranges: not every web server has them, python -m http.server has not.
+    return system.open(path, "rb", **({"block_size": 0} if url.lower().startswith("http") else {}))
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -184,7 +191,10 @@ def _matches(part: str, literal: bool) -> list[str]:
         if not has_glob:
             return [part]
         system, path = filesystem(part)
-        return sorted(system.unstrip_protocol(name) for name in system.glob(path))
+        try:
+            return sorted(system.unstrip_protocol(name) for name in system.glob(path))
+        except Exception as error:  # Each remote backend has exceptions of its own.
+            raise ValueError(f"{part} could not be listed: {type(error).__name__}: {error}") from error
     path = str(Path(part).expanduser().absolute())
     if has_glob:
         return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import random
-import tarfile
 from collections.abc import Iterator, Sequence
 
 from webdataset import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_pipeline.manifest import filesystem, is_remote
+from data_pipeline.manifest import is_remote, open_remote
 from data_pipeline.samples import BadSample
 from data_pipeline.source import Decode, Share, Slot, bad_record, dealt
 
@@ -46,18 +45,11 @@ class StreamSource:
 def _read(urls: Sequence[str]) -> Iterator[dict]:
     for url in urls:
         try:
-            with _opened(url) as file:
+            with open_remote(url) if is_remote(url) else open(url, "rb") as file:
                 for sample in group_by_keys(tar_file_expander([{"url": url, "stream": file}])):
                     yield {**sample, "__shard__": url}
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        except Exception as error:  # damage, and what the remote backends have of their own
             raise ValueError(f"shard {url} could not be read: {error.args[0] if error.args else error}") from error
-
-
-def _opened(url: str):
-    if is_remote(url):
-        system, remote = filesystem(url)
-        return system.open(remote, "rb")
-    return open(url, "rb")
 
 
 class StreamDecode:

@@ -10,7 +10,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from data_pipeline.manifest import Shard, filesystem, is_remote, load_manifest
+from data_pipeline.manifest import Shard, is_remote, load_manifest, open_remote
 from data_pipeline.parallel import cores, positive, run_parallel
 
 BLOCK = 1 << 20
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def fault(shard: Shard) -> str:
     """How the bytes of a shard, local or remote, differ from the manifest's; empty where they do not."""
     try:
-        system, path = filesystem(shard.url) if is_remote(shard.url) else (None, shard.url)
-        with system.open(path, "rb") if system else open(path, "rb") as file:
+        with open_remote(shard.url) if is_remote(shard.url) else open(shard.url, "rb") as file:
             size, digest = measure(file)
     except FileNotFoundError:
         return "it is missing"

@@ -17,8 +17,11 @@ import pytest
 from data_pipeline import indexing
 from data_pipeline.__main__ import main
 from data_pipeline.manifest import load_manifest
+from data_pipeline.shards import ShardWriter
 from data_pipeline.statistics import merge_statistics, shard_statistics
+from tests.data_pipeline.conftest import tiny_image
 from tests.data_pipeline.pack_inputs import group_is_gone, start
+from tests.data_pipeline.server import serve
 
 
 def index(*arguments: object, workers: int = 1) -> int:
@@ -185,6 +188,21 @@ def test_remote_shards(served, shards, tmp_path, capsys):
     assert f"{served}/train-000002.tar: its sha256 is" in report
     assert index(f"{served}/train-000000.tar", f"{served}/gone.tar", "--out", out) == 2
     assert f"{served}/gone.tar" in capsys.readouterr().err
+
+
+def test_a_large_shard_on_a_server_that_gives_no_parts_of_files(served, shards, tmp_path, capsys):
+    with ShardWriter(shards, "large") as writer:
+        writer.write("a", {"png": tiny_image(1), "txt": b"text", "bin": bytes(6 << 20)})  # more than fsspec's block
+    out = tmp_path / "remote.json"
+    assert index(f"{served}/large-*.tar", "--out", out) == 0
+    assert verify(out) == 0, capsys.readouterr().out
+
+
+def test_a_server_that_cannot_list_is_named(tmp_path, capsys):
+    with serve(tmp_path) as server:
+        server.faults = ["error"] * 5
+        assert index(f"{server.url}/*.tar", "--out", tmp_path / "m.json") == 2
+        assert f"{server.url}/*.tar could not be listed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 2])
