@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import netrc
 import os
 import platform
-import random
 import shutil
 import socket
 import subprocess
@@ -17,11 +15,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from data_pipeline.manifest import load_manifest
-from data_pipeline.samples import BadSample, split
-from data_pipeline.shards import ShardReader
-from data_pipeline.store import Store
-from data_pipeline.transforms import train_transform
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB, RESERVE, plan
 from train import distributed
@@ -29,8 +22,6 @@ from train.config import RunConfig
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "webdataset", "wandb", "pillow")
 REQUIRED = ("torch", "torchvision", "transformers", "accelerate", "webdataset", "pillow")
-GPU_RATE = 450
-"""Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""
 
 
 def versions() -> list[Finding]:
@@ -92,7 +83,8 @@ def memory(config: RunConfig) -> list[Finding]:
     stage = needs.smallest_stage(there)
     if stage is None:
         remedy = (
-            "smaller --train.micro_batch, --model.image.checkpointing true, --model.text.checkpointing true, more ranks"
+            "the same curve with --train.resident 1, --model.image.checkpointing true, --model.text.checkpointing true "
+            "or more ranks; another one with a smaller --train.micro_batch"
         )
         return [fail("memory plan", parts, remedy)]
     name = "DDP (launch/accelerate/ddp.yaml)" if stage == 0 else f"ZeRO-{stage} (launch/accelerate/zero{stage}.yaml)"
@@ -189,41 +181,8 @@ def shared_files(config: RunConfig) -> list[Finding]:
     return [ok("runs directory", text)]
 
 
-def data(config: RunConfig) -> list[Finding]:
-    """The training shards: reachable, whole by the first and last one, and how fast they are decoded here."""
-    source = config.data.train if isinstance(config.data.train, str) else config.data.train[0].data
-    if not source:
-        return [warn("data", "no --data.train given", "give the run's config to check its data")]
-    manifest = load_manifest(source)
-    store = Store(config.data.cache_dir, int(config.data.cache_gb * GB))
-    transform, count, bad, began = train_transform(config.data), 0, [], time.perf_counter()
-    for shard in {manifest.shards[0], manifest.shards[-1]}:
-        reader = ShardReader(store.local(shard), shard)
-        for index in range(len(reader)):
-            try:
-                transform(split(reader.raw(index))[0], random.Random(index))
-            except BadSample as error:
-                bad.append(f"{shard.url}, sample {index}: {error.cause}")
-            count += 1
-            if time.perf_counter() - began > 2:
-                break
-        reader.close()
-    workers = max(1, config.data.workers)
-    rate = count / (time.perf_counter() - began) * workers
-    text = f"{manifest.nsamples} samples in {len(manifest.shards)} shards; "
-    text += f"about {rate:.0f} samples/s per process ({workers} workers)"
-    if bad:
-        text += f"; {len(bad)} of {count} tried are bad, such as {bad[0]}"
-        if len(bad) > config.data.max_bad_fraction * count:
-            return [warn("data", text, "training stops above --data.max_bad_fraction; `inspect` lists them by cause")]
-    if torch.cuda.is_available() and rate < GPU_RATE:
-        need = -(-GPU_RATE * workers // max(1, int(rate)))
-        return [warn("data", text, f"a GPU takes {GPU_RATE}/s (ResNet-50 at 224 px): --data.workers {need}")]
-    return [ok("data", text)]
-
-
 def host() -> list[Finding]:
-    """Ports, shared memory and W&B of this host."""
+    """Ports and shared memory of this host."""
     found = []
     port = int(os.environ.get("MASTER_PORT", "29500"))
     if "MASTER_PORT" in os.environ:
@@ -236,14 +195,4 @@ def host() -> list[Finding]:
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     small = warn("shared memory", f"/dev/shm {shared / GB:.1f} GB", "docker: --ipc host or --shm-size 8g")
     found.append(small if shared < GB else ok("shared memory", f"/dev/shm {shared / GB:.1f} GB"))
-    key = "of the environment" if os.environ.get("WANDB_API_KEY") else "of ~/.netrc" if _netrc_key() else ""
-    remedy = "runs are kept offline and sent by `wandb sync`; or set WANDB_API_KEY, or `wandb login` once"
-    found.append(ok("W&B", f"key {key}") if key else warn("W&B", "no key on this host", remedy))
     return found
-
-
-def _netrc_key() -> bool:
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
-from launch import checks
+from launch import checks, inputs
 from launch.findings import Finding, as_json, fail, table, worst
 from train import cli, distributed
 
@@ -24,13 +26,30 @@ def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         own = check()
     except Exception as error:
-        own = [fail(name, f"{type(error).__name__}: {error}", "the message above names what is wrong")]
-    everywhere = distributed.broadcast_object(distributed.gather_objects(own))
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        own = [fail(name, text, "the message above names what is wrong")]
+    return worst_of_ranks(distributed.broadcast_object(distributed.gather_objects((socket.gethostname(), own))))
+
+
+def worst_of_ranks(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
+    """Of each finding the worst one; where not all ranks have it, it says which one does, and on which host.
+
+    everywhere: host and findings of each rank.
+    """
     merged: list[Finding] = []
-    for position in range(max(len(findings) for findings in everywhere)):
-        column = [findings[position] for findings in everywhere if position < len(findings)]
-        status = worst(column)
-        merged.append(next(finding for finding in column if finding.status == status))
+    for position in range(max(len(findings) for _, findings in everywhere)):
+        column = [
+            (rank, host, findings[position])
+            for rank, (host, findings) in enumerate(everywhere)
+            if position < len(findings)
+        ]
+        status = worst(finding for _, _, finding in column)
+        who = [(rank, host, finding) for rank, host, finding in column if finding.status == status]
+        rank, host, finding = who[0]
+        if status != "ok" and len(who) < len(everywhere):
+            others = f" and {len(who) - 1} more" if len(who) > 1 else ""
+            finding = replace(finding, measured=f"rank {rank} on {host}{others}: {finding.measured}")
+        merged.append(finding)
     return merged
 
 
@@ -51,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         *examine("collectives", checks.collectives),
         *examine("clock skew", checks.clocks),
         *examine("runs directory", lambda: checks.shared_files(config)),
-        *examine("data", lambda: checks.data(config)),
         *examine("host", checks.host),
+        *examine("pretrained weights", lambda: inputs.weights(config)),
+        *examine("data", lambda: inputs.data(config)),
+        *examine("held-out data", lambda: inputs.held_out(config)),
+        *examine("W&B", lambda: inputs.wandb(config)),
     ]
     if distributed.is_main():
         print(json.dumps(as_json(findings), indent=2) if options.json else table(findings), flush=True)

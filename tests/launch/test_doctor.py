@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import checks, memory
-from launch.doctor import main
+from data_pipeline.config import Source
+from launch import checks, inputs, memory
+from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
+from tests.data_pipeline.server import serve
+from tests.data_pipeline.vocabulary import write_tokenizer
 from tests.train.small import write_data
 from train.config import RunConfig
 from train.precision import BUCKET_ELEMENTS
@@ -20,15 +23,16 @@ from train.precision import BUCKET_ELEMENTS
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]
 SMALL += ["--train.global_batch=8", "--train.micro_batch=4"]
+NOBODY = "http://127.0.0.1:1"
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 64, "vocab_size": 100}
 
 
 @pytest.fixture
 def bert(tmp_path):
-    """A directory with the architecture of a tiny text tower."""
+    """A directory with the architecture of a tiny text tower and a tokenizer."""
     directory = tmp_path / "bert"
-    directory.mkdir()
+    write_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(BERT))
     return directory
 
@@ -38,7 +42,7 @@ def doctor(*arguments: object, processes: int) -> tuple[int, dict]:
     launcher = ["launch.start", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0", "-m", "launch.doctor"]
     command = [sys.executable, "-m", *launcher, "--json", *SMALL, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "x" * 40}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": NOBODY}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert "{" in done.stdout, done.stdout + done.stderr
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
@@ -56,25 +60,30 @@ def test_two_ranks_are_examined_together(tmp_path, bert):
     assert "between 2 ranks" in finding(report, "clock skew")["measured"]
     assert finding(report, "runs directory")["status"] == "ok"
     assert list((tmp_path / "runs").iterdir()) == [], "it leaves nothing behind"
-    assert finding(report, "W&B")["status"] == "ok"
+    assert "127.0.0.1:1 does not answer" in finding(report, "W&B")["measured"], "a key alone is not online"
+    assert finding(report, "pretrained weights")["status"] == "ok"
     assert "x" * 40 not in json.dumps(report)
 
 
 def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
-    wrong = ("--data.train=/nowhere", "--train.global_batch=6")
-    assert main(["--json", *SMALL, f"--model.text.name={bert}", f"--runs_dir={blocked}/runs", *wrong]) == 1
+    wrong = ("--data.train=/nowhere", "--data.val=/nor/here", "--train.global_batch=6", "--tracking.wandb=offline")
+    weights = "--model.image.weights=gone.pth"
+    assert main(["--json", *SMALL, f"--model.text.name={bert}", f"--runs_dir={blocked}/runs", weights, *wrong]) == 1
     report = json.loads(capsys.readouterr().out)
     for name, words in (
         ("runs directory", "--runs_dir"),
         ("data", "/nowhere"),
+        ("held-out data", "/nor/here"),
+        ("pretrained weights", "--model.image.weights gone.pth: no such file"),
         ("memory plan", "--train.global_batch 6"),
     ):
         found = finding(report, name)
         assert found["status"] == "fail"
         assert words in found["measured"] + found["remedy"]
         assert found["remedy"]
+    assert finding(report, "W&B")["measured"] == "offline, as asked"
 
 
 def test_worst_and_table():
@@ -134,9 +143,66 @@ def test_a_tower_that_never_learns_needs_its_weights_alone(bert):
 def test_bad_samples_are_counted(tmp_path, broken, status):
     config = RunConfig()
     config.data.train, config.data.image_size = str(write_data(tmp_path / "data", (110,), bad=broken)), 32
-    (found,) = checks.data(config)
+    (found,) = inputs.data(config)
     assert found.status == status
     assert (f"{len(broken)} of 110 tried are bad, such as " in found.measured) == bool(broken)
+
+
+def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monkeypatch):
+    shards, config = write_data(tmp_path / "data", (3, 3)), RunConfig()
+    config.data.image_size, config.data.cache_dir = 32, str(tmp_path / "cache")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with serve(shards) as server:
+        config.data.train = [Source(str(shards), 1.0), Source(f"{server.url}/manifest.json", 1.0)]
+        found, cache = inputs.data(config)
+    assert found.status == "ok" and "12 samples in 4 shards" in found.measured and "MB/s" in found.measured
+    assert cache.status == "ok" and str(tmp_path / "cache") in cache.measured
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config.data.cache_dir = ""
+    with serve(shards) as server:
+        config.data.train = f"{server.url}/manifest.json"
+        inputs.data(config)
+    assert list((tmp_path / "home/.cache/duet").glob("*.tar")) and not list((tmp_path / "here").iterdir())
+    config.data.train = [Source(str(shards), 1.0), Source("/nowhere", 1.0)]
+    with pytest.raises(ValueError, match="/nowhere"):
+        inputs.data(config)
+
+
+def test_a_stream_needs_no_manifest(tmp_path):
+    config = RunConfig()
+    config.data.mode, config.data.train = "stream", f"{write_data(tmp_path / 'data', (2, 2))}/*.tar"
+    (found,) = inputs.data(config)
+    assert found.status == "ok" and "2 shards, read as a stream" in found.measured
+    with serve(tmp_path / "data") as server:
+        config.data.train = f"{server.url}/gone-{{0..1}}.tar"
+        (found,) = inputs.data(config)
+    assert found.status == "fail" and "gone-0.tar is not there" in found.measured
+
+
+def test_the_key_that_wandb_login_writes_is_found(tmp_path, monkeypatch):
+    """Its server's name depends on the version of wandb: it is asked, not assumed."""
+    (tmp_path / "index.html").write_text("here")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with serve(tmp_path) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        (found,) = inputs.wandb(RunConfig())
+        assert found.status == "warn" and "wandb login" in found.remedy
+        host = server.url.removeprefix("http://")
+        (tmp_path / "netrc").write_text(f"machine {host}\n login user\n password {'0' * 40}\n")
+        (found,) = inputs.wandb(RunConfig())
+    assert found.status == "ok" and server.url in found.measured
+
+
+def test_what_one_rank_alone_finds_names_its_host():
+    here, there = [ok("data", "seen"), ok("free", "1")], [fail("data", "no such file", "mount it"), ok("free", "2")]
+    data, free = worst_of_ranks([("node0", here), ("node1", there), ("node1", there)])
+    assert data == fail("data", "rank 1 on node1 and 1 more: no such file", "mount it")
+    assert free == ok("free", "1")
+    assert worst_of_ranks([("node0", there), ("node1", there)]) == there, "all ranks: no host to name"
+    assert worst_of_ranks([("node0", here), ("node1", here[:1])]) == here, "one broke off"
 
 
 def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
