@@ -70,12 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--key-column", default="", metavar="NAME", help="names of the samples (default: the row's number)")
     add("--class-column", default="", metavar="NAME", help="whole numbers, written as cls")
     add("--split", default="", metavar="NAME", help="split of a Hugging Face dataset")
-    add("--resize", type=positive, default=0, metavar="PIXELS", help="reduce larger images to this shorter side")
+    add(
+        "--resize",
+        type=positive,
+        default=0,
+        metavar="PIXELS",
+        help="reduce larger images to this shorter side, over white",
+    )
     add(
         "--format",
         choices=["keep", *(name.lower() for name in EXTENSIONS)],
         default="keep",
-        help="re-encode images of other formats, over white",
+        help="re-encode what is JPEG, PNG or WebP but not this, over white",
     )
     add("--quality", type=_percent, default=90, help="of re-encoded JPEG and WebP, 1 to 100 (default: 90)")
     add("--max-pixels", type=positive, default=MAX_PIXELS, help=f"skip larger images (default: {MAX_PIXELS:,})")
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     columns = choose_columns(table, args.image_column, captions, args.key_column, args.class_column)
     encoding = Encoding(args.resize, args.format.upper(), args.quality, args.max_pixels)
     out = args.out.expanduser().absolute()
-    if table.recursive and out.is_relative_to(table.folder.absolute()):
+    if table.recursive and out.resolve().is_relative_to(table.folder.resolve()):
         raise ValueError(f"OUT: {out} lies inside INPUT {table.folder}; choose a directory outside of it")
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):

@@ -35,8 +35,8 @@ _TURNS = {
 
 # open_image refuses by its own limit; Pillow's warning would only say it again, once per process.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# EXIF that cannot be read is passed over.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+# What Pillow passes over, such as EXIF that cannot be read, it would tell without a name, amid the progress bar.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class BadSample(Exception):

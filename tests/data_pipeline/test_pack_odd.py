@@ -166,3 +166,12 @@ def test_a_table_without_rows_says_so(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("image,caption\n")
     assert run_pack(tmp_path / "t.csv", tmp_path / "out") == 2
     assert "t.csv has no rows" in capsys.readouterr().err
+
+
+def test_out_inside_the_input_is_refused_behind_a_link_too(tmp_path, capsys):
+    put(tmp_path / "in/x.png")
+    (tmp_path / "link").symlink_to("in")
+    for source, out in (("in", "link/out"), ("link", "in/out")):
+        assert run_pack(tmp_path / source, tmp_path / out) == 2
+        assert "lies inside INPUT" in capsys.readouterr().err
+    assert not (tmp_path / "in/out").exists()
