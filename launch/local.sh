@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
         esac
         shift 2
         ;;
+    --engine=* | --processes=* | --precision=* | --port=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     -h | --help)
         usage
         exit

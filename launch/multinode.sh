@@ -43,6 +43,9 @@ while [ $# -gt 0 ]; do
         esac
         shift 2
         ;;
+    --nodes=* | --node_rank=* | --address=* | --port=* | --processes=* | --engine=* | --precision=* | --module=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        ;;
     -h | --help)
         usage
         exit

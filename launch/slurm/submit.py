@@ -113,6 +113,10 @@ def check_cluster(options: argparse.Namespace) -> None:
             mistakes.append(str(mistake))
     if len(mistakes) == len(asked):
         raise ValueError("; ".join(mistakes))
+    if options.grace < 1:
+        raise ValueError(
+            f"--grace {options.grace}: expected the seconds that a step and a checkpoint take, such as 300"
+        )
     if seconds(options.time) <= options.grace:
         raise ValueError(f"--time {options.time}: must be longer than --grace {options.grace} s, or it never trains")
     if queue := _ask(["squeue", "--noheader", f"--name={options.job_name}", "--me", "--format=%A %T"]).split("\n")[0]:
@@ -124,9 +128,19 @@ def check_cluster(options: argparse.Namespace) -> None:
 
 
 def check_run(options: argparse.Namespace, config: RunConfig) -> None:
-    """Raises ValueError where the run would refuse to start on that many processes."""
+    """Raises ValueError where the run would refuse to start with this engine, container or number of processes."""
     loop.check(config)
+    engines = sorted(path.stem for path in Path("launch/accelerate").glob("*.yaml"))
+    if options.engine and options.engine not in engines and not Path(options.engine).is_file():
+        known = " ".join(engines)
+        raise ValueError(f"--engine {options.engine}: there is no such file, and launch/accelerate has: {known}")
+    if options.container.endswith((".sif", ".sqsh")) and not Path(options.container).is_file():
+        raise ValueError(f"--container {options.container}: no such file, as seen from {ROOT}")
+    if options.processes < 0:
+        raise ValueError(f"--processes {options.processes}: expected a whole number of at least 1")
     processes = options.processes or gpus(options.gpus_per_node)
+    if options.engine.startswith("cpu") and not processes:
+        raise ValueError(f"--engine {options.engine}: say how many --processes each node trains with on its cores")
     least, most = node_range(options.nodes)
     for nodes in range(least, most + 1) if processes else ():
         unit = config.train.micro_batch * nodes * processes
@@ -230,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run: {plan}")
         print(f"saves and requeues {options.grace} s before each time limit of {options.time}")
         print(shlex.join(command))
+        if not options.processes and not re.search("--(exclusive|gres|gpus)", shlex.join(command)):
+            print("warning: no --gpus_per_node: unless the cluster has another default, SLURM gives each node no GPU")
         if options.gpus_per_node and not re.search("--(exclusive|cpus-per)", shlex.join(command)):
             print("warning: no --cpus_per_task: unless the cluster has another default, SLURM gives each node one core")
         if options.dry_run:

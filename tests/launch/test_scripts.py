@@ -69,6 +69,8 @@ def test_help(script):
         ("./launch/quickstart.sh --precision fp16", "--precision fp16: expected bf16 or fp32"),
         ("./launch/local.sh --engine none", "launch/accelerate has: cpu cpu_zero2"),
         ("./launch/local.sh --engine", "--engine needs a value"),
+        ("./launch/local.sh --train.steps=1 --engine=none", "--engine none: there is no such file"),
+        ("./launch/multinode.sh --nodes=2 --node_rank=2", "--node_rank '2': expected this host's number, 0 to 1"),
         ("./launch/multinode.sh", "--nodes '': expected the number of hosts"),
         ("./launch/multinode.sh --nodes 2 --node_rank 2", "--node_rank '2': expected this host's number, 0 to 1"),
         (

@@ -56,6 +56,11 @@ def test_a_dry_run_shows_the_command_and_submits_nothing(cluster, submit, tmp_pa
         (["--time=1-00:00:00", "--partition=short"], "--time 1-00:00:00: partition short allows 0 h 10 min"),
         (["--time=soon"], "--time soon: expected"),
         (["--time=4:00"], "--time 4:00: must be longer than --grace 300 s"),
+        (["--grace=0"], "--grace 0: expected the seconds"),
+        (["--engine=zero4"], "--engine zero4: there is no such file, and launch/accelerate has: cpu cpu_zero2"),
+        (["--engine=cpu"], "--engine cpu: say how many --processes"),
+        (["--processes=-2"], "--processes -2: expected a whole number"),
+        (["--container=gone.sif"], "--container gone.sif: no such file"),
         (["--nodes=3"], "--nodes 3: partition main has 2"),
         (["--nodes=2-1"], "--nodes 2-1: expected"),
         (["--partition=gpu"], "--partition gpu: there is none; choose one of main, short"),
@@ -86,7 +91,7 @@ def test_one_of_several_partitions_is_enough(submit, tmp_path):
         "--data.train=shards",
     )
     assert status == 0, said
-    assert "--partition=short,main" in said
+    assert "--partition=short,main" in said and "warning: no --gpus_per_node" in said
 
 
 def test_an_existing_run_goes_on_or_is_refused(submit, tmp_path):
