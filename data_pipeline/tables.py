@@ -170,10 +170,10 @@ class ParquetTable(Table):
         import pyarrow.parquet as parquet
 
         super().__init__(files, folder)
-        self._open = parquet.ParquetFile
+        self._open, self._damage = parquet.ParquetFile, arrow.ArrowException
         try:
             metadata = [parquet.read_metadata(file) for file in self.files]
-        except (arrow.ArrowInvalid, OSError) as error:
+        except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"INPUT: a Parquet file of {folder} cannot be read: {error}") from None
         self.columns = list(dict.fromkeys(name for part in metadata for name in part.schema.to_arrow_schema().names))
         self.sizes = [[part.row_group(i).num_rows for i in range(part.num_row_groups)] for part in metadata]
@@ -183,12 +183,15 @@ class ParquetTable(Table):
 
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
         for file, groups in zip(self.files, self.sizes, strict=True):
-            with self._open(file) as opened:
-                for group, rows in enumerate(groups):
-                    if start < rows:
-                        batches = opened.iter_batches(BATCH, row_groups=[group], columns=columns)
-                        yield from _records(batches, start, columns)
-                    start = max(0, start - rows)
+            try:
+                with self._open(file) as opened:
+                    for group, rows in enumerate(groups):
+                        if start < rows:
+                            batches = opened.iter_batches(BATCH, row_groups=[group], columns=columns)
+                            yield from _records(batches, start, columns)
+                        start = max(0, start - rows)
+            except (self._damage, OSError) as error:
+                raise ValueError(f"INPUT: {file} cannot be read: {error}") from None
 
 
 class ArrowTable(Table):
@@ -212,7 +215,7 @@ class ArrowTable(Table):
             try:
                 with arrow.memory_map(str(file)) as mapped, arrow.ipc.open_stream(mapped) as stream:
                     yield from stream
-            except arrow.ArrowInvalid as error:
+            except (arrow.ArrowException, OSError) as error:
                 raise ValueError(f"INPUT: {file} cannot be read: {error}") from None
 
     def __len__(self) -> int:

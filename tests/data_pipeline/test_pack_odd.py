@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data_pipeline import pack
 from data_pipeline.files import files_below
 from tests.data_pipeline.conftest import tiny_image
-from tests.data_pipeline.pack_inputs import run_pack, samples, skipped
+from tests.data_pipeline.pack_inputs import run_pack, samples, skipped, write_pictures, write_table
 
 PICTURE = tiny_image(1)
 DEEP = "[" * 200_000
@@ -175,3 +175,15 @@ def test_out_inside_the_input_is_refused_behind_a_link_too(tmp_path, capsys):
         assert run_pack(tmp_path / source, tmp_path / out) == 2
         assert "lies inside INPUT" in capsys.readouterr().err
     assert not (tmp_path / "in/out").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_a_table_damaged_in_the_middle_is_named(kind, tmp_path, capsys):
+    source = write_table(kind, write_pictures(tmp_path / "in"))
+    file = sorted(source.glob("*.arrow"))[1] if kind == "dataset" else source
+    data = bytearray(file.read_bytes())
+    if kind == "parquet":
+        data[4:24] = bytes(20)  # the header of the first page
+    file.write_bytes(data if kind == "parquet" else data[: len(data) * 2 // 3])
+    assert run_pack(source, tmp_path / "out") == 2
+    assert f"INPUT: {file} cannot be read" in capsys.readouterr().err
