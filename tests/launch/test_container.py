@@ -1,11 +1,14 @@
-"""train.sbatch with a container: the command line that srun gets, and the linters' word on image and scripts."""
+"""train.sbatch with a container: the command line that srun gets; the image's lock; the linters' word on both."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 # This SLURM has no pyxis and this machine no Apptainer: programs of their names say what they were asked to do.
@@ -91,6 +94,18 @@ def test_apptainer_runs_the_launcher_inside(tmp_path):
     assert "inside: -m launch.start" in said
     place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 20007 --num_processes 16"
     assert place in said
+
+
+def test_the_lock_has_all_requirements_with_hashes():
+    """Whoever widens or raises requirements.txt makes the lock anew; docker/Dockerfile has the command."""
+    lock = (ROOT / "docker/requirements.lock").read_text()
+    pinned = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}\b", lock, re.MULTILINE))
+    assert len(pinned) == len(re.findall(r"^\w", lock, re.MULTILINE)), "every package has a version and a hash"
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if text := line.partition("#")[0].strip():
+            wanted = Requirement(text)
+            version = pinned.get(canonicalize_name(wanted.name), "missing")
+            assert version != "missing" and wanted.specifier.contains(version), f"{text}: the lock has {version}"
 
 
 SCRIPTS = [*Path(ROOT).glob("launch/*.sh"), ROOT / "launch/slurm/train.sbatch", ROOT / "docker/entrypoint.sh"]
