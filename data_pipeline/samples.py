@@ -129,7 +129,11 @@ def _decoding(image: Image.Image) -> Iterator[None]:
 def _opaque(image: Image.Image, background: RGB) -> Image.Image:
     """RGB without transparency, of an image in any mode that JPEG, PNG and WebP have."""
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it at 255 instead of scaling it
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image).astype(np.int64)
+        canvas = Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # the one level that is, which convert() would not know either
+            canvas.paste(background, mask=Image.fromarray(levels == image.info["transparency"]))
+        return canvas
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, background)

@@ -92,6 +92,9 @@ def test_transparency_in_palettes_and_colour_keys_shows_the_background() -> None
     key.putpixel((1, 0), GREEN)
     seen = decode_image(encoded(key, "PNG", transparency=GREEN), background=BLUE)
     assert [seen.getpixel((x, 0)) for x in (0, 1)] == [RED, BLUE]
+    deep = Image.fromarray(np.array([[700, 65535]], np.uint16))
+    seen = decode_image(encoded(deep, "PNG", transparency=700), background=BLUE)
+    assert [seen.getpixel((x, 0)) for x in (0, 1)] == [BLUE, (255, 255, 255)]
     grey = Image.new("LA", (1, 1), (9, 0))
     assert decode_image(encoded(grey, "PNG"), background=BLUE).getpixel((0, 0)) == BLUE
 
