@@ -11,9 +11,18 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from data_pipeline.config import Source
 from train.config import RunConfig
 
 EPILOG = "precedence: fields on the command line override --config, which overrides the defaults"
+
+
+class ConfigFile(ActionConfigFile):
+    """--config: refuses what jsonargparse would take in silence, or not name, and leaves the rest to it."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        _check_file(values)
+        super().__call__(parser, cfg, values, option_string)
 
 
 def make_parser(prog: str = "python -m train") -> ArgumentParser:
@@ -21,7 +30,7 @@ def make_parser(prog: str = "python -m train") -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Prefixes as abbreviations would let a typing error select another field.
     parser = ArgumentParser(prog=prog, epilog=EPILOG, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the fields below")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the fields below")
     parser.add_class_arguments(RunConfig, None)
     return parser
 
@@ -34,11 +43,13 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     """
     parser = make_parser()
     try:
-        return _instantiate(parser, parser.parse_args(argv))
+        config = _instantiate(parser, parser.parse_args(argv))
     except SystemExit:  # --help and --print_config end here
         raise
     except Exception as error:
         raise ValueError(_explain(str(error))) from error
+    _check_values(config)
+    return config
 
 
 def load(path: str | Path) -> RunConfig:
@@ -90,6 +101,63 @@ def machine_fields(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that stands twice, YAML keeps the last one and drops the other without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{key.value} stands twice, in line {lines[key.value]} and in line {line}")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _check_file(path: str) -> None:
+    """Raises ValueError where the file is no mapping of sections to fields."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"--config {path}: no YAML{line}: {error.problem}") from None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: it has no fields; they stand as in the output of --print_config")
+    _check_section(content, f"--config {path}: ", "")
+
+
+def _check_section(content: dict, where: str, prefix: str) -> None:
+    known = flatten(RunConfig())
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if name in known:
+            continue
+        inside = [field for field in known if field.startswith(f"{name}.")]
+        if not inside:
+            raise ValueError(where + _unknown(f"--{name}"))
+        if not isinstance(value, dict):
+            raise ValueError(where + _no_section(name, inside))
+        _check_section(value, where, f"{name}.")
+
+
+def _check_values(config: RunConfig) -> None:
+    """Raises ValueError for what jsonargparse lets through: null for any field, a list that is none as a string."""
+    known = flatten(RunConfig())
+    for name, value in flatten(config).items():
+        if value is None and known[name] is not None:
+            raise ValueError(f"--{name} is null: give a value, or leave it out for {known[name]!r}")
+    sources = config.data.train if isinstance(config.data.train, list) else [Source(config.data.train)]
+    if any(not isinstance(source.data, str) or source.data.startswith("[") for source in sources):
+        raise ValueError(
+            f"--data.train {config.data.train}: several sources are a list such as "
+            '[{"data": "a/manifest.json", "weight": 2}, {"data": "b/manifest.json"}]'
+        )
+
+
 def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
     built = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     return RunConfig(**{item.name: getattr(built, item.name) for item in fields(RunConfig)})
@@ -105,18 +173,31 @@ def _plain(value: Any) -> Any:
 
 
 def _explain(message: str) -> str:
-    """jsonargparse's message on one line, with the nearest field names where one is unknown."""
+    """jsonargparse's message on one line, in words, with the nearest field names where one is unknown."""
     message = " ".join(message.split())
+    if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message):
+        return _unknown(found[1])
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _unknown(f"--{found[1]}.{found[2]}")
+    if found := re.search(r'Parser key "([\w.]+)": Unable to load config', message):
+        return _no_section(found[1], [name for name in flatten(RunConfig()) if name.startswith(f"{found[1]}.")])
+    message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message).replace("<class '", "").replace("'>", "")
+    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
+    message = re.sub("Expected a (?:list|tuple)", "Expected a list [..., ...]", message)
+    union = r"Does not validate against any of the Union subtypes .*? Errors: - (.*) Given value type: .*? Given value:"
+    if found := re.search(union, message):
+        expected = found[1].replace(" - ", "; or: ").replace("Expected a NoneType", "null")
+        message = f"{message[: found.start()]}{expected}. Got value:{message[found.end() :]}"
+    return message
+
+
+def _unknown(flag: str) -> str:
     known = [f"--{name}" for name in flatten(RunConfig())]
-    if found := re.search(r"unrecognized arguments: (--[\w.]+)", message):
-        unknown = found[1]
-        message = f"there is no field {unknown}"
-    elif found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        unknown = f"--{found[1]}.{found[2]}"
-        message = f"there is no field {unknown}"
-    else:
-        return re.sub(r'Parser key "([\w.]+)":', r"--\1:", message).replace("<class '", "").replace("'>", "")
-    leaf = unknown.rpartition(".")[2].lstrip("-")
-    near = difflib.get_close_matches(unknown, known, n=3) or [n for n in known if n.rpartition(".")[2] == leaf]
+    leaf = flag.rpartition(".")[2].lstrip("-")
+    near = difflib.get_close_matches(flag, known, n=3) or [n for n in known if n.rpartition(".")[2] == leaf]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"{message}{hint} (python -m train --help lists every field)"
+    return f"there is no field {flag}{hint} (python -m train --help lists every field)"
+
+
+def _no_section(name: str, inside: list[str]) -> str:
+    return f"--{name} is a section of fields, not one: give those that you mean, such as --{inside[0]}"

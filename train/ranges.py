@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from operator import attrgetter
 
+from train.cli import flatten
 from train.config import RunConfig
 
 
@@ -20,7 +21,18 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
+def _above_to_1(value: float) -> bool:
+    return 0 < value <= 1
+
+
+def _0_to_1(value: float) -> bool:
+    return 0 <= value <= 1
+
+
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "data.cache_gb": (_at_least(0), "0 or more"),
+    "data.max_bad_fraction": (_0_to_1, "a share from 0 to 1"),
+    "data.max_pixels": (_at_least(1), "at least 1"),
     "checkpoint.every": (_at_least(0), "steps, 0 saves at the end alone"),
     "checkpoint.keep": (_at_least(0), "how many stay, 0 keeps all"),
     "eval.every": (_at_least(0), "steps, 0 is off"),
@@ -28,16 +40,29 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "eval.chunk": (_at_least(1), "at least 1"),
     "loss.tile": (_at_least(1), "at least 1"),
     "loss.label_smoothing": (_share, "at least 0 and below 1"),
+    "model.image.layer_decay": (_above_to_1, "a factor above 0 and at most 1, which is off"),
+    "model.image.locked_until": (_at_least(-1), "a step, 0 for from the start, or -1 for never"),
+    "model.image.lr": (_at_least(0), "0 or more, or null for optim.lr"),
+    "model.text.layer_decay": (_above_to_1, "a factor above 0 and at most 1, which is off"),
+    "model.text.locked_until": (_at_least(-1), "a step, 0 for from the start, or -1 for never"),
+    "model.text.lr": (_at_least(0), "0 or more, or null for optim.lr"),
+    "model.self_supervision.mask": (_above_to_1, "a share of the words above 0 and at most 1, such as 0.15"),
     "model.embed_dim": (_at_least(1), "at least 1"),
     "model.temperature": (_above(0), "above 0, such as 0.07"),
     "model.max_logit_scale": (_above(1), "above 1, such as 100"),
     "optim.lr": (_at_least(0), "0 or more"),
+    "optim.beta1": (_share, "a decay of at least 0 and below 1, such as 0.9"),
+    "optim.beta2": (_share, "a decay of at least 0 and below 1, such as 0.98"),
+    "optim.eps": (_above(0), "above 0, such as 1e-6"),
+    "optim.min_lr": (_0_to_1, "a share of the peak, from 0 to 1"),
     "optim.weight_decay": (_at_least(0), "0 or more"),
     "optim.warmup_steps": (_at_least(0), "steps, 0 is none"),
     "optim.clip_grad": (_at_least(0), "the largest norm, 0 is off"),
     "optim.ema": (_share, "a decay below 1, 0 is off"),
     "tracking.log_every": (_at_least(1), "at least 1"),
     "tracking.diagnostics_every": (_at_least(0), "steps, 0 is off"),
+    "train.max_skipped": (_at_least(0), "0 or more"),
+    "train.seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     "train.resident": (_at_least(1), "at least 1"),
     "train.steps": (_at_least(0), "0: as many as --train.epochs are"),
     "train.epochs": (_above(0), "above 0"),
@@ -46,8 +71,11 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_ranges(config: RunConfig) -> None:
-    """Raises ValueError for the first number that is out of its range, with what it has to be."""
+    """Raises ValueError for the first number that is out of its range or not finite, with what it has to be."""
+    values = flatten(config)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: give {RANGES[name][1] if name in RANGES else 'a finite number'}")
     for name, (will_do, wanted) in RANGES.items():
-        value = attrgetter(name)(config)
-        if not will_do(value):
-            raise ValueError(f"--{name} {value}: give {wanted}")
+        if values[name] is not None and not will_do(values[name]):
+            raise ValueError(f"--{name} {values[name]}: give {wanted}")

@@ -40,8 +40,13 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         (["--optim.l", "1"], "there is no field --optim.l; did you mean --optim.lr"),
         (["--global_batch", "1"], "there is no field --global_batch; did you mean --train.global_batch"),
         (["--optim.lr", "fast"], "--optim.lr: Expected a float. Got value: fast"),
-        (["--model.image.norm", "layer"], "--model.image.norm"),
-        (["--config", "missing.yaml"], "--config: File does not exist"),
+        (["--model.image.norm", "layer"], "Expected one of 'batch', 'sync_batch', 'group', 'frozen'. Got value: layer"),
+        (["--model.image.lr", "none"], "--model.image.lr: Expected a float; or: null. Got value: none"),
+        (["--train.global-batch", "8"], "there is no field --train.global-batch; did you mean --train.global_batch"),
+        (["--train", '{"steps": null}'], "--train.steps is null: give a value"),
+        (["--data.augment", "strong"], "give those that you mean, such as --data.augment.policy"),
+        (["--data.train", '["a", "b"]'], "several sources are a list such as"),
+        (["--config", "missing.yaml"], "--config missing.yaml: No such file"),
     ],
 )
 def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message: str) -> None:
@@ -50,10 +55,29 @@ def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("optim: {learning_rate: 1}\n")
-    with pytest.raises(ValueError, match=r"there is no field --optim\.learning_rate"):
-        cli.parse(["--config", str(tmp_path / "run.yaml")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim: {learning_rate: 1}", r"there is no field --optim\.learning_rate"),
+        ("optims: {lr: 1}", r"there is no field --optims"),
+        ("optim: {lr: 1}\ntrain: {steps: 1}\noptim: {beta1: 0.5}", "optim stands twice, in line 1 and in line 3"),
+        ("optim:\n  lr: 1\n  lr: 2", "lr stands twice, in line 2 and in line 3"),
+        ("optim:", "--optim is a section of fields"),
+        ("data: {augment: strong}", r"such as --data\.augment\.policy"),
+        ("train: {steps: null}", r"--train\.steps is null"),
+        ("data: {train: [{data: null}]}", r"--data\.train"),
+        ("- optim", "it has no fields"),
+        ("# nothing", "it has no fields"),
+        ("optim: {lr: [", "no YAML in line 1"),
+        ("\x80", "utf-8"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_by_name(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as error:
+        cli.parse(["--config", str(path)])
+    assert "\n" not in str(error.value)
 
 
 def test_differences_leave_out_the_machine() -> None:

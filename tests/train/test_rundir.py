@@ -1,9 +1,11 @@
 """Who may use a run directory: the same experiment, one process at a time."""
 
+import math
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 
@@ -76,13 +78,26 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_checkpoint(tmp_path):
         ("train", "steps", -1),
         ("train", "resident", 0),
         ("eval", "batch", 0),
+        ("model.image", "lr", -1e-4),
+        ("model.text", "layer_decay", 0.0),
+        ("model.image", "locked_until", -2),
+        ("model.self_supervision", "mask", 0.0),
+        ("model.multiscale", "weight", math.inf),
+        ("optim", "beta2", 1.0),
+        ("optim", "eps", 0.0),
+        ("optim", "lr", math.inf),
+        ("optim", "min_lr", -1.0),
+        ("train", "seed", 2**63),
+        ("train", "max_skipped", -1),
+        ("data", "max_bad_fraction", -0.1),
+        ("data", "cache_gb", math.inf),
     ],
 )
 def test_numbers_out_of_their_range_are_refused_before_anything_starts(section, name, value):
     config = RunConfig()
     config.data.train = "shards"
     loop.check(config)
-    setattr(getattr(config, section), name, value)
+    setattr(attrgetter(section)(config), name, value)
     with pytest.raises(ValueError, match=f"--{section}.{name} {value}: give "):
         loop.check(config)
 
