@@ -82,7 +82,8 @@ class DataConfig:
     max_tokens: int = 77
     """Longest caption in tokens, special tokens included; longer ones are cut."""
     normalize: str | tuple[tuple[float, float, float], tuple[float, float, float]] = "imagenet"
-    """Channel statistics: imagenet, dataset (of the training manifest), or [[mean r, g, b], [std r, g, b]], 0 to 1."""
+    """Channel statistics: imagenet, dataset (of the training manifest, whose index counts transparent pixels as white
+    ones), or [[mean r, g, b], [std r, g, b]], 0 to 1."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour, 0 to 255, that is put behind transparent images."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

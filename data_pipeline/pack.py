@@ -158,7 +158,10 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
     """All that the shards are a function of, by flag; the input by a digest of its files' names, sizes and times."""
     files = hashlib.sha256()
     for file in table.files:
-        stat = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
+        try:
+            stat = file.stat()
+        except OSError:  # a link that leads nowhere
+            stat = file.lstat()
         files.update(name_bytes(f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return {
         "INPUT": f"{len(table.files)} files, {files.hexdigest()[:16]}",

@@ -54,6 +54,8 @@ def test_files_that_are_none_cost_only_themselves(tmp_path):
     put(folder / "good.png")
     put(folder / "nowhere.txt", None, b"text")
     (folder / "nowhere.png").symlink_to("gone.png")
+    put(folder / "itself.txt", None, b"text")
+    (folder / "itself.png").symlink_to("itself.png")
     put(folder / "pipe.txt", None, b"text")
     os.mkfifo(folder / "pipe.png")
     put(folder / "told.png", None)
@@ -65,6 +67,7 @@ def test_files_that_are_none_cost_only_themselves(tmp_path):
     assert set(found) == {"good"}
     expected = {
         "nowhere": "No such file",
+        "itself": "symbolic links",
         "pipe": "a pipe or a device",
         "told": "told.txt is a pipe or a device",
         "zero": "0 bytes",
