@@ -8,7 +8,7 @@
                                  sha256.json            hash of each of the files above
     checkpoints/latest           name of the newest one
 
-A checkpoint is written under a temporary name, synced to disk, hashed and renamed; then `latest` moves; then old ones
+A checkpoint is written under a temporary name, hashed, synced to disk and renamed; then `latest` moves; then old ones
 leave.
 """
 
@@ -80,8 +80,9 @@ def save(run_dir: Path, engine: Engine, average: WeightAverage, state: TrainStat
     problem = None
     if distributed.is_main():
         try:
+            _sweep(run_dir)
             _write(target, tensors, state, config)
-            _prune(run_dir, config.checkpoint.keep)
+            _prune(target, config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(_part(target), ignore_errors=True)
             problem = f"checkpoint {target} could not be written: {error}; free or mend the disk and start again"
@@ -110,7 +111,7 @@ def verify(path: Path) -> str:
     """What is wrong with a checkpoint's files; empty where all is well."""
     try:
         hashes = json.loads((path / "sha256.json").read_text())
-        if set(hashes) != set(FILES):
+        if not isinstance(hashes, dict) or set(hashes) != set(FILES):
             return "sha256.json does not list its files"
         for name, expected in hashes.items():
             if _sha256(path / name) != expected:
@@ -177,7 +178,6 @@ def _complete(run_dir: Path) -> list[Path]:
 
 def _write(target: Path, tensors: dict[str, dict], state: TrainState, config: RunConfig) -> None:
     temporary = _part(target)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, content in tensors.items():
         save_file(content, temporary / name)
@@ -199,13 +199,21 @@ def _write(target: Path, tensors: dict[str, dict], state: TrainState, config: Ru
     _sync(target.parent)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    """Drop what is older than the `keep` newest, and what an interrupted save left."""
-    for path in _complete(run_dir)[keep:] if keep else []:
-        # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
-        shutil.rmtree(path.rename(_part(path)))
+def _sweep(run_dir: Path) -> None:
+    """Drop what an interrupted save or removal left; before a save, which may need the room and the names."""
     for path in _root(run_dir).glob(".step_*.part"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _prune(target: Path, keep: int) -> None:
+    """Drop what is older than the `keep` newest up to `target`, which was just saved.
+
+    Later ones, which can only be there because they were passed over as damaged, must not push it out.
+    """
+    kept = [path for path in _complete(target.parent.parent) if path.name <= target.name]
+    for path in kept[keep:] if keep else []:
+        # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
+        shutil.rmtree(path.rename(_part(path)))
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from train import cli, distributed
 from train.config import RunConfig
-from train.history import METRICS, RESULTS, read_records
+from train.history import METRICS, RESULTS, read_records, replace
 
 LOCK = ".lock"
 LOCK_SECONDS = 10
@@ -56,19 +56,14 @@ def read_results(run_dir: Path) -> dict | None:
 
 def write_results(run_dir: Path, results: dict) -> None:
     """Mark the run as finished; complete or not there."""
-    temporary = run_dir / f"{RESULTS}.part"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(run_dir / RESULTS)
+    replace(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
     """Why this configuration may not go on in the directory; None where it may."""
     if conflict := another_run(run_dir, config):
         return f"{conflict}\nChoose another --name, or give the fields their values of before to go on with that run."
-    path = run_dir / "config.yaml"
-    temporary = run_dir / "config.yaml.part"
-    temporary.write_text(cli.to_yaml(config))
-    temporary.replace(path)
+    replace(run_dir / "config.yaml", cli.to_yaml(config))
     return None
 
 

@@ -1,0 +1,127 @@
+"""A checkpoint is complete or absent, wherever its save is killed, and the next save is not in its way."""
+
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.distributed import start_context
+from train import checkpoint
+from train.checkpoint import TrainState
+from train.config import RunConfig
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+class Bare(NamedTuple):
+    """What a checkpoint asks of an engine or an average, with one weight."""
+
+    value: float
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.full((9,), self.value)}
+
+    moments = state = weights
+
+    def updates(self) -> int:
+        return int(self.value)
+
+
+def save(run_dir: Path, step: int, keep: int) -> None:
+    config = RunConfig()
+    config.checkpoint.keep = keep
+    checkpoint.save(run_dir, Bare(step), Bare(step), TrainState(step=step), config)
+
+
+def name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def entries(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "checkpoints").iterdir()}
+
+
+def damage(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints" / name(step) / "model.safetensors").write_bytes(b"torn")
+
+
+def killed_save(run_dir: Path, step: int, keep: int, change: int) -> bool:
+    """A save in a process that dies just before its `change`-th change of the disk; False: it made fewer."""
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+
+        def die(event: str, arguments: tuple) -> None:
+            nonlocal count
+            count += event in CHANGES or (event == "open" and bool(arguments[2] & os.O_CREAT))
+            if count == change:
+                os._exit(9)
+
+        try:
+            sys.addaudithook(die)
+            save(run_dir, step, keep)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def kills(directory: Path, step: int, damaged: bool) -> list[tuple[str, bool, set[str]]]:
+    """A save of `step` over those of 1 and 2, one of which is kept, killed at every change of the disk.
+
+    Per kill the newest checkpoint after it, whether `latest` names one, and what is there once step 4 has been saved.
+    """
+    before = directory / "before"
+    for old in (1, 2):
+        save(before, old, 2)
+    if damaged:
+        damage(before, 2)
+    results, alive = [], True
+    while alive:
+        run_dir = directory / str(len(results))
+        shutil.copytree(before, run_dir)
+        alive = killed_save(run_dir, step, 1, len(results) + 1)
+        newest = checkpoint.newest(run_dir)
+        latest = (run_dir / "checkpoints" / "latest").read_text().strip() in entries(run_dir)
+        save(run_dir, 4, 1)
+        results.append((newest.name, latest, entries(run_dir)))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("step", "damaged", "before"),
+    [pytest.param(3, False, 2, marks=pytest.mark.slow, id="new"), pytest.param(2, True, 1, id="again")],
+)
+def test_killed_at_any_change_of_the_disk_a_save_leaves_the_old_or_the_new(tmp_path, step, damaged, before) -> None:
+    with ProcessPoolExecutor(1, start_context()) as pool:  # forks must not copy this process's threads
+        results = pool.submit(kills, tmp_path, step, damaged).result()
+    assert len(results) > 15
+    newest = [found for found, _, _ in results]
+    after = newest.index(name(step))
+    assert set(newest[:after]) == {name(before)} and set(newest[after:]) == {name(step)}
+    for number, (_, latest, left) in enumerate(results, start=1):
+        assert latest or damaged, f"after a kill at change {number}"
+        assert left == {"latest", name(4)}, f"after a kill at change {number}"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_one_does_not_push_out_what_is_saved_after_it_was_passed_over(tmp_path, keep) -> None:
+    for step in (1, 4):
+        save(tmp_path, step, 2)
+    damage(tmp_path, 4)
+    save(tmp_path, 2, keep)
+    assert checkpoint.newest(tmp_path).name == name(2)
+    save(tmp_path, 5, 1)
+    assert entries(tmp_path) == {"latest", name(5)}
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}", "\0" * 40])
+def test_hashes_that_are_none_are_damage(tmp_path, content) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, 0)
+    (tmp_path / "checkpoints" / name(2) / "sha256.json").write_text(content)
+    assert checkpoint.newest(tmp_path).name == name(1)
