@@ -57,7 +57,9 @@ def choose_columns(table: Table, image: str, captions: Sequence[str], key: str, 
     """The columns asked for, else the usual names. ValueError: no such column; it names the columns that exist."""
 
     def choose(flag: str, asked: str, usual: Sequence[str]) -> str:
-        found = [name for name in ([asked] if asked else usual) if name in table.columns]
+        if asked and table.has(asked):
+            return asked
+        found = [] if asked else [name for name in usual if name in table.columns]
         if not found:
             lacking = (
                 f"there is no column {asked!r}" if asked else f"none of the columns is called {' or '.join(usual)}"

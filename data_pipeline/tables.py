@@ -87,12 +87,18 @@ class Table:
     """Whether all that lies below `folder` is part of the table."""
     key: str | None = None
     """The column that names the samples where the user gives none."""
+    probed = False
+    """Whether `columns` are those of the first records only."""
 
     def __init__(self, files: Sequence[Path], folder: Path) -> None:
         self.files, self.folder = list(files), folder
 
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
         raise NotImplementedError
+
+    def has(self, column: str) -> bool:
+        """Whether any record has this column."""
+        return column in self.columns or (self.probed and any(column in record for record, _ in self.read()))
 
     def __len__(self) -> int:
         return sum(1 for _ in self.read())
@@ -141,6 +147,8 @@ class CsvTable(Table):
 
 class JsonlTable(Table):
     """One JSON object per line, UTF-8; a record need not have every column."""
+
+    probed = True
 
     def __init__(self, path: Path) -> None:
         super().__init__([path], path.parent)
@@ -246,6 +254,7 @@ class FolderTable(Table):
 
     key = KEY
     recursive = True
+    probed = True
 
     def __init__(self, folder: Path) -> None:
         self.stems: dict[str, list[str]] = {}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data_pipeline import pack
 from data_pipeline.files import files_below
+from data_pipeline.tables import PROBED
 from tests.data_pipeline.conftest import tiny_image
 from tests.data_pipeline.pack_inputs import run_pack, samples, skipped, write_pictures, write_table
 
@@ -190,3 +191,12 @@ def test_a_table_damaged_in_the_middle_is_named(kind, tmp_path, capsys):
     file.write_bytes(data if kind == "parquet" else data[: len(data) * 2 // 3])
     assert run_pack(source, tmp_path / "out") == 2
     assert f"INPUT: {file} cannot be read" in capsys.readouterr().err
+
+
+def test_a_column_that_only_later_records_have_is_found(tmp_path):
+    rows = [{"image": f"{number}.png", "caption": "x"} for number in range(PROBED)]
+    rows.append({"image": "x.png", "alt": "late", "label": 3})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    put(tmp_path / "x.png", None)
+    found, _ = packed(tmp_path / "t.jsonl", "--caption-column", "caption,alt", "--class-column", "label")
+    assert [(raw["txt"], raw["cls"]) for raw in found.values()] == [(b"late", b"3")]
