@@ -25,7 +25,19 @@ from train.features import Autocast, Evaluation, encode
 from train.model import PairModel
 from train.probe import probe_metrics, split_by_key
 from train.retrieval import RECALL_AT, retrieval_metrics
-from train.zeroshot import TEMPLATES, class_features, class_indices, labelled, read_lines, zeroshot_metrics
+from train.zeroshot import (
+    TEMPLATES,
+    check_templates,
+    class_features,
+    class_indices,
+    labelled,
+    read_lines,
+    read_names,
+    zeroshot_metrics,
+)
+
+# Options that only one task reads.
+OWN_OPTIONS = {"classnames": "zeroshot", "templates": "zeroshot", "fit": "probe"}
 
 
 def evaluate(
@@ -63,7 +75,8 @@ def table(metrics: dict[str, float]) -> str:
         cells = [metrics[f"{side}_{kind}{name}"] for side in ("t2i", "i2t") for kind in ("", "chance_")]
         texts = [f"{cell:.1f}{unit}" for cell in cells]
         lines.append(f"  {label:18}{texts[0]:>15}{texts[1]:>9}{texts[2]:>17}{texts[3]:>9}")
-    lines.append(f"  {metrics['n_images']:.0f} images, {metrics['n_texts']:.0f} texts")
+    bad = f", {metrics['n_bad']:.0f} unreadable" if metrics["n_bad"] else ""
+    lines.append(f"  {metrics['n_images']:.0f} images, {metrics['n_texts']:.0f} texts{bad}")
     return "\n".join(lines)
 
 
@@ -73,10 +86,12 @@ def run_task(options: argparse.Namespace) -> dict[str, float]:
     Raises:
         ValueError: naming the option that is missing or wrong, or what the data lacks.
     """
-    if options.task == "zeroshot" and not options.classnames:
-        raise ValueError(
-            "--task zeroshot needs --classnames FILE: one class name per line, in the order of their numbers"
-        )
+    for name, task in OWN_OPTIONS.items():
+        if getattr(options, name) is not None and options.task != task:
+            raise ValueError(f"--{name} {getattr(options, name)} is for --task {task}, not for {options.task}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers {options.workers}: 0 (load in this process) or more")
+    names, templates = _zeroshot_lines(options) if options.task == "zeroshot" else ([], [])
     accelerator = start()
     autocast = partial(precision.autocast, accelerator)
     model, config = load_model(options.run)
@@ -85,27 +100,38 @@ def run_task(options: argparse.Namespace) -> dict[str, float]:
     if not (options.data or config.data.val):
         raise ValueError(f"--data is missing, and the run {options.run} has no --data.val")
     manifest = load_manifest(options.data or config.data.val)
+    fit_manifest = load_manifest(options.fit) if options.fit else None
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     model.to(accelerator.device)
     if options.task == "retrieval":
         return evaluate(model, config, tokenizer, manifest, autocast=autocast).metrics
 
-    tested = labelled(encode(model, config, tokenizer, manifest, autocast=autocast))
-    counts = {"n_unlabelled": float(tested.n_unlabelled)}
+    features = encode(model, config, tokenizer, manifest, autocast=autocast)
+    tested = labelled(features)
+    counts = {"n_unlabelled": float(tested.n_unlabelled), "n_bad": float(len(features.bad))}
     if options.task == "zeroshot":
-        names = read_lines("--classnames", options.classnames)
-        templates = read_lines("--templates", options.templates) if options.templates else TEMPLATES
         rows_N = class_indices(tested.keys, tested.classes, names)
         class_CD = class_features(model, tokenizer, names, templates, size=config.eval.batch, autocast=autocast)
         return zeroshot_metrics(tested.image_ND, class_CD, rows_N) | counts
 
-    if options.fit:
-        fitting = labelled(encode(model, config, tokenizer, load_manifest(options.fit), autocast=autocast))
+    if fit_manifest is not None:
+        fitting = labelled(encode(model, config, tokenizer, fit_manifest, autocast=autocast))
         return probe_metrics(fitting.image_ND, fitting.classes, tested.image_ND, tested.classes) | counts
     tested_N = split_by_key(tested.keys)
     rows = torch.as_tensor(tested_N, device=tested.image_ND.device)
     fit_classes, test_classes = (list(compress(tested.classes, chosen)) for chosen in (~tested_N, tested_N))
     return probe_metrics(tested.image_ND[~rows], fit_classes, tested.image_ND[rows], test_classes) | counts
+
+
+def _zeroshot_lines(options: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    """Class names and templates, checked before any time is spent on the data."""
+    if not options.classnames:
+        raise ValueError(
+            "--task zeroshot needs --classnames FILE: one class name per line, in the order of their numbers"
+        )
+    templates = read_lines("--templates", options.templates) if options.templates else TEMPLATES
+    check_templates(templates)
+    return read_names(options.classnames), templates
 
 
 def main(argv: Sequence[str] | None = None) -> int:

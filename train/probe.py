@@ -29,7 +29,8 @@ def probe_metrics(
     Also `l2`, the weight that was chosen, and `n_fit`.
 
     Raises:
-        ValueError: features that are not finite, fewer than two classes to fit, or a test class that is not among them.
+        ValueError: features that are not finite, fewer than two classes to fit, nothing to test, or a class to test
+            that is not among them.
     """
     check_finite("image", fit_ND)
     check_finite("image", test_ND)
@@ -38,8 +39,10 @@ def probe_metrics(
         raise ValueError(f"a linear probe needs at least two classes, its fitting data has {len(names)}")
     if unknown := sorted(set(test_classes) - set(names)):
         raise ValueError(
-            f"{len(unknown)} classes are tested but not fitted, such as {unknown[0]!r}: give more --fit data"
+            f"{len(unknown)} classes are tested but not fitted, such as {unknown[0]!r}: give --fit data that hold them"
         )
+    if not test_classes:
+        raise ValueError(f"none of the {len(fit_classes)} samples fell into the tested fifth: give more data, or --fit")
     row_of = {name: row for row, name in enumerate(names)}
     fit_N = torch.tensor([row_of[name] for name in fit_classes], device=fit_ND.device)
     test_N = np.array([row_of[name] for name in test_classes])

@@ -37,14 +37,19 @@ def class_features(
     Raises:
         ValueError: a template without exactly one {}.
     """
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"--templates: {template!r} must hold exactly one {{}}, the place of the class name")
+    check_templates(templates)
     device = next(model.parameters()).device
     ids_ML, mask_ML = tokenizer([template.replace("{}", name) for name in names for template in templates])
     with evaluating(model):
         text_MD = encode_texts(model, ids_ML.to(device), mask_ML.to(device), size, autocast)
     return F.normalize(text_MD.view(len(names), len(templates), -1).mean(1), dim=-1)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raises ValueError for a template without exactly one {}."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"--templates: {template!r} must hold exactly one {{}}, the place of the class name")
 
 
 class Labelled(NamedTuple):
@@ -115,10 +120,38 @@ def read_lines(flag: str, path: str | Path) -> list[str]:
     Raises:
         ValueError: naming `flag`, where the file is missing or empty.
     """
+    return [line for line in _lines(flag, path) if line]
+
+
+def read_names(path: str | Path) -> list[str]:
+    """The class names of a file, by their numbers.
+
+    Raises:
+        ValueError: as `read_lines`; an empty line among them, after which the numbers would be others; a name that
+            stands twice, of which no text could tell the one class from the other.
+    """
+    names = _lines("--classnames", path)
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise ValueError(f"--classnames: line {number} of {path} is empty; class numbers are those of the lines")
+        if name in seen:
+            raise ValueError(
+                f"--classnames: {name!r} stands in lines {seen[name]} and {number} of {path}; give each class a name "
+                "of its own"
+            )
+        seen[name] = number
+    return names
+
+
+def _lines(flag: str, path: str | Path) -> list[str]:
+    """The lines of a file, without space around them, up to the last that is not empty."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag}: cannot read {path}: {error}") from None
-    if not any(lines):
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
         raise ValueError(f"{flag}: {path} is empty; it needs one entry per line")
-    return [line for line in lines if line]
+    return lines

@@ -12,7 +12,15 @@ from tests.train.small import small_config
 from train.features import Features
 from train.model import build_model
 from train.probe import fit, linear, probe_metrics, split_by_key
-from train.zeroshot import accuracy, class_features, class_indices, labelled, read_lines, zeroshot_metrics
+from train.zeroshot import (
+    accuracy,
+    class_features,
+    class_indices,
+    labelled,
+    read_lines,
+    read_names,
+    zeroshot_metrics,
+)
 
 
 def features(classes: list[str | None]) -> Features:
@@ -109,6 +117,18 @@ def test_lines_of_a_file(tmp_path):
         read_lines("--templates", tmp_path / "missing.txt")
 
 
+def test_class_names_keep_their_numbers(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\ufeffred\n deep blue \n\n", encoding="utf-8")
+    assert read_names(path) == ["red", "deep blue"]
+    path.write_text("red\n\nblue\n")
+    with pytest.raises(ValueError, match=r"--classnames: line 2 of .*names.txt is empty"):
+        read_names(path)
+    path.write_text("red\nblue\nred\n")
+    with pytest.raises(ValueError, match=r"--classnames: 'red' stands in lines 1 and 3 of .*names.txt"):
+        read_names(path)
+
+
 def clusters(seed: int, per_class: int, spread: float) -> tuple[torch.Tensor, list[str]]:
     """Unit vectors around the same three directions for every seed, with the names of their classes."""
     centers = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -153,6 +173,8 @@ def test_probe_needs_classes():
         probe_metrics(x_ND, ["one"] * 12, x_ND, classes)
     with pytest.raises(ValueError, match=r"tested but not fitted, such as 'class 2'.*--fit"):
         probe_metrics(x_ND, ["class 0", "class 1"] * 6, x_ND, classes)
+    with pytest.raises(ValueError, match="none of the 12 samples fell into the tested fifth"):
+        probe_metrics(x_ND, classes, x_ND[:0], [])
     x_ND[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         probe_metrics(x_ND, classes, x_ND, classes)

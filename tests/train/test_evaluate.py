@@ -172,4 +172,5 @@ def test_the_table_shows_both_directions_beside_chance(config, data):
     metrics = measured(config, data).metrics
     lines = table(metrics).splitlines()
     assert lines[1].split() == ["R@1", f"{metrics['t2i_R@1']:.1f}%", "7.7%", f"{metrics['i2t_R@1']:.1f}%", "7.7%"]
-    assert "13 images, 25 texts" in lines[-1]
+    assert lines[-1].strip() == "13 images, 25 texts"
+    assert table(metrics | {"n_bad": 2.0}).endswith("13 images, 25 texts, 2 unreadable")

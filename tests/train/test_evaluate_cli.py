@@ -43,6 +43,11 @@ def finished(tmp_path_factory) -> tuple[Path, RunConfig, dict[str, tuple[int, st
         "no names": ["--task", "zeroshot"],
         "few names": ["--task", "zeroshot", "--classnames", str(directory / "two.txt")],
         "no classes": ["--task", "probe", "--data", str(unlabelled)],
+        "template": ["--task", "zeroshot", "--classnames", str(names), "--templates", str(names)],
+        "names for retrieval": ["--classnames", str(names)],
+        "fit for zeroshot": ["--task", "zeroshot", "--classnames", str(names), "--fit", config.data.train],
+        "no fit data": ["--task", "probe", "--fit", str(directory / "nowhere")],
+        "workers": ["--workers", "-1"],
         "no data": ["--data", str(directory / "nowhere")],
     }
     arguments = [["--run", str(run_dir), *options] for options in commands.values()]
@@ -85,6 +90,7 @@ def test_other_data(finished):
 def test_zeroshot(finished):
     found = metrics(finished, "zeroshot")
     assert (found["n_images"], found["n_classes"], found["chance_top1"], found["n_unlabelled"]) == (12, 4, 25, 0)
+    assert found["n_bad"] == 0
     assert 0 <= found["top1"] <= found["top5"] <= 100
 
 
@@ -102,6 +108,11 @@ def test_probe(finished):
         ("no names", "--task zeroshot needs --classnames FILE"),
         ("few names", "--classnames: sample part-000000.tar/0002 has class '2', not one of the 2 listed"),
         ("no classes", "none of the 4 samples has a class"),
+        ("template", "--templates: 'red' must hold exactly one {}"),
+        ("names for retrieval", "is for --task zeroshot, not for retrieval"),
+        ("fit for zeroshot", "is for --task probe, not for zeroshot"),
+        ("no fit data", "nowhere"),
+        ("workers", "--workers -1: 0"),
         ("no data", "nowhere"),
         ("no run", "nowhere: there is no complete checkpoint"),
     ],
