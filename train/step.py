@@ -44,12 +44,14 @@ def training_step(
     size = config.train.resident
     parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
     cached = len(parts) > 1
+    # Before the forward, which reading them from a GPU would wait for.
+    ids = row_ids(micro_batches, config.loss)
 
     engine.exchange(now=not cached)
     with norm.recording(engine.module):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
-    losses, gradients = loss_gradients(outputs, config, *row_ids(micro_batches, config.loss))
+    losses, gradients = loss_gradients(outputs, config, *ids)
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.exchange(now=number == len(parts))
@@ -62,7 +64,8 @@ def training_step(
     count = config.train.global_batch // config.train.micro_batch
     norm.update_running(engine.module, distributed.all_reduce_sum, count)
     scale = float(outputs[0]["logit_scale"].detach())
-    metrics = losses | {"grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
+    metrics = {name: float(value) for name, value in losses.items()}
+    metrics |= {"grad_norm": grad_norm, "temperature": 1 / scale, "skipped": int(not applied)}
     if measure:
         metrics |= engine.meter.read(applied, grad_norm, config.optim.clip_grad)
         metrics |= embedding_metrics(*(torch.cat([output[name] for output in outputs]) for name in ("image", "text")))
@@ -71,7 +74,7 @@ def training_step(
 
 def loss_gradients(
     outputs: Sequence[Outputs], config: RunConfig, image_ids_B: Tensor | None = None, text_ids_B: Tensor | None = None
-) -> tuple[dict[str, float], list[Outputs]]:
+) -> tuple[Outputs, list[Outputs]]:
     """The objective over the global batch and its gradient with respect to every part's outputs.
 
     Args:
@@ -82,7 +85,8 @@ def loss_gradients(
     Returns:
         Losses of the global batch by the names of their metrics, and per part a tensor for every output. A process's
         loss is that of its own rows, so that the mean over ranks is the global loss: features get the sum of all
-        ranks' gradients, which the engine averages.
+        ranks' gradients, which the engine averages. All of it stays on the device: a number read here would keep a GPU
+        from going straight on to the backward pass.
     """
     names = [name for name in outputs[0] if name not in SCALARS]
     # On a CPU float64 costs nothing beside the towers: rounded to float32 after the sums over ranks, gradients are the
@@ -110,7 +114,7 @@ def loss_gradients(
     for part, output in enumerate(outputs):
         whole = {name: split[name][part] for name in names} | shares
         gradients.append({name: value.to(output[name].dtype) for name, value in whole.items()})
-    return dict(zip(terms, losses.tolist(), strict=True)), gradients
+    return dict(zip(terms, losses, strict=True)), gradients
 
 
 def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed import run_distributed
 from tests.train import running
@@ -154,6 +155,23 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
     config.data.train = str(write_data(tmp_path / "worse", (64,), bad=range(0, 64, 2)))
     with pytest.raises(ValueError, match=r"--data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
         loop.run(config)
+
+
+def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path: Path) -> None:
+    config = prepare(tmp_path, max_skipped=2)
+    config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 1
+    config.optim.lr, config.optim.warmup_steps = 1e30, 0  # sums of squares overflow from the second step on
+    with pytest.raises(ValueError, match=r"--train\.max_skipped 2: no finite gradient in the last 3 steps"):
+        loop.run(config)
+    saved = checkpoint.newest(run_dir(config))
+    state = checkpoint.load_state(saved)
+    assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (3, 1, 2, 2)
+    weights = load_file(saved / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    config.checkpoint.every = 0
+    with pytest.raises(ValueError, match="in the last 3 steps"):  # the count goes on where it was saved
+        loop.run(config)
+    assert [entry[0] for entry in curve(config)] == [1, 2, 3]
 
 
 def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:
