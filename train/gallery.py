@@ -93,7 +93,7 @@ def text_to_image(features: Features, queries: Sequence[int], pictures: Pictures
     last = WIDTH - MARGIN - THUMB
     draw.text((MARGIN, 30), "Text", INK, _font(21, bold=True))
     draw.text((strip, 30), "Nearest images, best first", INK, _font(21, bold=True))
-    draw.text((last, 30), "Right image", INK, _font(21, bold=True))
+    draw.text((WIDTH - MARGIN, 30), "Right image", INK, _font(21, bold=True), "ra")
     for number, image in enumerate(queries):
         y = top + number * row_height
         text = int((features.image_of_text_M == image).nonzero()[0])

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from train.retrieval import RECALL_AT
 
@@ -19,6 +20,13 @@ INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 IMAGE, TEXT, TEMPERATURE, NORM = "#0b8457", "#d9622b", "#3d5a98", "#8d5a97"
 TOWERS = (("image", IMAGE), ("text", TEXT))
 DIRECTIONS = (("t2i", "text → image"), ("i2t", "image → text"))
+
+
+class PlainNumbers(LogFormatter):
+    """Of a logarithmic axis: 0.002, where matplotlib writes 2 x 10^-3 or 2e-03."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def draw_plots(history: History, results: dict[str, float], chance_loss: float | None, directory: Path) -> list[Path]:
@@ -129,6 +137,11 @@ def towers_plot(history: History) -> Figure:
         (bottom[0], "Uniformity (low: spread out)", "uniformity", "linear"),
     ):
         _style(axes, title, "step" if axes is bottom[0] else "").set_yscale(scale)
+        if scale == "log":
+            # Within a decade the ticks that have numbers are the minor ones.
+            axes.tick_params(which="minor", colors=MUTED, length=0)
+            axes.yaxis.set_major_formatter(PlainNumbers())
+            axes.yaxis.set_minor_formatter(PlainNumbers())
         for tower, color in TOWERS:
             axes.plot(*series(history, f"{name}/{tower}"), color=color, linewidth=1.8, label=f"{tower} tower")
     top[0].legend(frameon=False, fontsize=9)

@@ -171,7 +171,7 @@ PAGE = Template(
 * { box-sizing: border-box; }
 body { margin: 0; background: #f3f5f7; color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1100px; margin: 0 auto; padding: 40px 20px 60px; }
-h1 { font-size: 34px; margin: 0; letter-spacing: -0.02em; }
+h1 { font-size: 34px; margin: 0; letter-spacing: -0.02em; overflow-wrap: anywhere; }
 h2 { font-size: 20px; margin: 0 0 4px; }
 p { color: var(--muted); margin: 4px 0 14px; max-width: 80ch; }
 section, .card { background: #fff; border: 1px solid var(--line); border-radius: 14px; }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
 from data_pipeline.manifest import Manifest, load_manifest
@@ -19,7 +20,7 @@ from tests.train.small import picture, write_data
 from train.config import RunConfig
 from train.features import Evaluation, Features
 from train.gallery import RIGHT, RIGHT_PALE, Pictures, draw_galleries, nearest
-from train.plots import series, smooth
+from train.plots import PlainNumbers, series, smooth
 from train.report import write_report
 from train.retrieval import retrieval_metrics
 
@@ -210,3 +211,13 @@ def test_smoothing_is_the_mean_of_the_neighbours(values):
         reach = min(half, i, len(values) - 1 - i)
         expected.append(np.mean(values[i - reach : i + reach + 1]))
     assert smooth(np.array(values, dtype=float)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_logarithmic_axis_within_a_decade_has_plain_numbers():
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(1.5e-3, 4.5e-3)
+    for which in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{which}_formatter")(PlainNumbers())
+    texts = [label.get_text() for which in ("major", "minor") for label in axes.get_yticklabels(which=which)]
+    assert {"0.002", "0.003", "0.004"} <= set(texts)
