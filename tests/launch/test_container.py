@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -94,6 +96,24 @@ def test_apptainer_runs_the_launcher_inside(tmp_path):
     assert "inside: -m launch.start" in said
     place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 20007 --num_processes 16"
     assert place in said
+
+
+def test_health_is_counted_from_the_newest_step_or_the_start_of_the_container(tmp_path):
+    install(tmp_path, {"python3": f'exec "{sys.executable}" "$@"'})
+    script = (ROOT / "docker/entrypoint.sh").read_text().replace("cd /work\n", f"cd '{tmp_path}'\n")
+    metrics = tmp_path / "runs/old/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.touch()
+    minutes = int(time.time() - psutil.Process(1).create_time()) // 60
+
+    def healthy(stale: int) -> bool:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DUET_STALE_MINUTES": str(stale)}
+        return subprocess.run(["bash", "-c", script, "duet", "healthy"], env=environment).returncode == 0
+
+    assert healthy(1), "a step of now"
+    os.utime(metrics, (0, 0))
+    assert healthy(minutes + 5), "an old run that has only just been started again"
+    assert not healthy(max(0, minutes - 1)), "no step since"
 
 
 def test_the_lock_has_all_requirements_with_hashes():
