@@ -95,6 +95,9 @@ def newest(run_dir: Path) -> Path | None:
     """The newest checkpoint whose files have their hashes, the same on all ranks; a collective.
 
     Damaged ones are named on the screen and passed over.
+
+    Raises:
+        ValueError: on all ranks, where some of them do not see it.
     """
     found = None
     if distributed.is_main():
@@ -104,7 +107,10 @@ def newest(run_dir: Path) -> Path | None:
             else:
                 found = path
                 break
-    return distributed.broadcast_object(found)
+    found = distributed.broadcast_object(found)
+    if found is not None and distributed.any_rank(not (found / "state.json").is_file()):
+        raise ValueError(f"--runs_dir: {found} is not on every host: give a directory on a file system that they share")
+    return found
 
 
 def verify(path: Path) -> str:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.masking import UNMASKED
@@ -61,6 +62,7 @@ class PairModel(nn.Module):
         self.config = config
         self.image_size = image_size
         self.image = ImageTower(config.image, image_size, pretrained)
+        _check_dropout(self.image, config)
         convert(self.image, config.image.norm)
         self.text = TextTower(config.text, pretrained)
         self.image_projection = self._projection("image", self.image.width)
@@ -232,6 +234,16 @@ class PairModel(nn.Module):
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check_dropout(tower: ImageTower, config: ModelConfig) -> None:
+    """A synchronized norm has all images of a process go through together, so that chance falls as they are dealt."""
+    drops = any(isinstance(part, (nn.Dropout, StochasticDepth)) and part.p > 0 for part in tower.modules())
+    if config.image.norm == "sync_batch" and config.image.locked_until >= 0 and drops:
+        raise ValueError(
+            f"--model.image.norm sync_batch: {config.image.name} has dropout, which would fall otherwise on another "
+            "number of processes; take --model.image.norm batch, or a tower without, such as resnet50"
+        )
 
 
 def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], pretrained: bool = True) -> PairModel:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.distributed import start_context
-from train import checkpoint
+from tests.distributed import run_distributed, start_context
+from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.config import RunConfig
 
@@ -125,3 +125,18 @@ def test_hashes_that_are_none_are_damage(tmp_path, content) -> None:
         save(tmp_path, step, 0)
     (tmp_path / "checkpoints" / name(2) / "sha256.json").write_text(content)
     assert checkpoint.newest(tmp_path).name == name(1)
+
+
+def newest_from_own_directory(directory: str) -> str:
+    """What a rank is told whose relative run directory is that of the first rank, or another, which has nothing."""
+    os.chdir(Path(directory) / str(distributed.rank()))
+    with pytest.raises(ValueError) as error:
+        checkpoint.newest(Path("run"))
+    return str(error.value)
+
+
+def test_a_checkpoint_that_not_all_ranks_see_is_said_on_all_of_them(tmp_path) -> None:
+    (tmp_path / "1").mkdir()
+    save(tmp_path / "0" / "run", 1, 0)
+    for said in run_distributed(newest_from_own_directory, 2, str(tmp_path)):
+        assert "--runs_dir: run/checkpoints/step_00000001 is not on every host" in said

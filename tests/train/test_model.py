@@ -284,3 +284,11 @@ def test_synchronized_norm_sees_all_micro_batches_of_all_ranks(config):
     for result in ranks:
         assert (result[1] - grad).norm() < 1e-5 * grad.norm()
         torch.testing.assert_close(result[2], mean)
+
+
+def test_synchronized_norm_refuses_a_tower_whose_dropout_would_depend_on_the_number_of_processes(config):
+    config.model.image.name, config.model.image.norm = "mobilenet_v3_small", "sync_batch"
+    with pytest.raises(ValueError, match=r"--model\.image\.norm sync_batch: mobilenet_v3_small has dropout"):
+        build_model(config, MEAN, STD)
+    config.model.image.locked_until = -1
+    build_model(config, MEAN, STD)
