@@ -136,7 +136,7 @@ class WandbRun:
         self._sent = {"train": -1, "eval": -1}
         mode: str = config.tracking.wandb
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "auto")
+            mode = os.environ.get("WANDB_MODE", "auto").replace("dryrun", "offline")
         if mode == "disabled":
             return
         id_file = run_dir / RUN_ID
