@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import compress
 
@@ -134,6 +135,20 @@ def _zeroshot_lines(options: argparse.Namespace) -> tuple[Sequence[str], Sequenc
     return read_names(options.classnames), templates
 
 
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Sends to stderr what libraries write to stdout inside, also from C: nothing but the result is to stand there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     parser = argparse.ArgumentParser(
@@ -151,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(argv)
     try:
-        metrics = run_task(options)
+        with stdout_kept():
+            metrics = run_task(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,5 @@
 import copy
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.train.small import small_config, write_data
 from tests.train.test_retrieval import reference, without_chance
 from train import distributed
 from train.config import RunConfig
-from train.evaluate import evaluate, table
+from train.evaluate import evaluate, stdout_kept, table
 from train.features import Evaluation, Features, encode
 from train.model import PairModel, build_model
 
@@ -174,3 +175,12 @@ def test_the_table_shows_both_directions_beside_chance(config, data):
     assert lines[1].split() == ["R@1", f"{metrics['t2i_R@1']:.1f}%", "7.7%", f"{metrics['i2t_R@1']:.1f}%", "7.7%"]
     assert lines[-1].strip() == "13 images, 25 texts"
     assert table(metrics | {"n_bad": 2.0}).endswith("13 images, 25 texts, 2 unreadable")
+
+
+def test_stdout_has_the_result_alone(capfd):
+    with stdout_kept():
+        print("from a library")
+        os.write(1, b"from C\n")
+    print("{}")
+    out, err = capfd.readouterr()
+    assert out == "{}\n" and "from a library" in err and "from C" in err
