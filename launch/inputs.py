@@ -34,6 +34,8 @@ DECODE_SECONDS = 2.0
 
 def weights(config: RunConfig) -> list[Finding]:
     """Towers and tokenizer as the run builds them: what they are pretrained with is there, or is fetched now."""
+    if config == RunConfig():
+        return [warn("pretrained weights", "no run is described", "give the run's config to check what it starts from")]
     image, text = config.model.image, config.model.text
     began = time.perf_counter()
     try:

@@ -86,6 +86,10 @@ def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert, capsys):
     assert finding(report, "W&B")["measured"] == "offline, as asked"
 
 
+def test_without_a_run_nothing_is_fetched():
+    assert [found.status for found in (*inputs.weights(RunConfig()), *inputs.data(RunConfig()))] == ["warn", "warn"]
+
+
 def test_worst_and_table():
     findings = [ok("a", "1"), warn("long name", "2", "do this"), ok("c", "3")]
     assert worst(findings) == "warn"
