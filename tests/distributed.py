@@ -1,4 +1,4 @@
-"""Runs a function in several real processes that form one gloo process group.
+"""Runs a function in several real processes that form one process group.
 
 The processes are forked from a server that has imported the libraries and nothing more, once per test session: an
 import takes a process longer than most functions do.
@@ -36,8 +36,8 @@ def run_distributed(
     """fn(*args) in `world_size` spawned processes; returns each rank's result, in rank order.
 
     fn and args are pickled: fn is a function of a module. Results are pickled, too. Every process has this one's
-    environment, the variables that torchrun would set, those of `environment`, one thread, and a gloo group that is
-    initialized already.
+    environment, the variables that torchrun would set, those of `environment`, one thread, and a group that is
+    initialized already: gloo's, or that of GPUs where `environment` has ACCELERATE_USE_CPU false and there are some.
     Raises the exception of the rank that failed first (its traceback is the cause), or TimeoutError after `timeout`
     seconds; no process outlives the call.
     """
@@ -114,8 +114,12 @@ def _run_rank(
 
     torch.set_num_threads(1)
     try:
+        backend = "gloo"
+        if variables["ACCELERATE_USE_CPU"] == "false" and (gpu := torch.accelerator.current_accelerator()) is not None:
+            torch.accelerator.set_device_index(int(variables["RANK"]))
+            backend = torch.distributed.get_default_backend_for_device(gpu)
         torch.distributed.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{rendezvous}",
             rank=int(variables["RANK"]),
             world_size=int(variables["WORLD_SIZE"]),

@@ -32,6 +32,8 @@ ZERO_CONFIG = {
     "train_micro_batch_size_per_gpu": "auto",
     "zero_optimization": {"stage": 0},
 }
+TOLERANCE = 1e-5
+BF16_TOLERANCE = 2e-2  # sums in bf16 round by 4e-3; features of another precision are wrong by a quarter
 BATCH = 64
 SIZE = 32  # pixels
 VOCABULARY = 64
@@ -111,18 +113,20 @@ def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:
     return batches
 
 
-def plain_gradients(config: RunConfig, bf16: bool = False) -> tuple[float, dict[str, Tensor]]:
+def plain_gradients(
+    config: RunConfig, bf16: bool = False, device: torch.device | str = "cpu"
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process that holds the whole batch, by the textbook formulas and one backward."""
     from train.model import build_model
 
-    model = build_model(config, (0.5,) * 3, (0.25,) * 3)
-    batches = make_batch(config)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    model = build_model(config, (0.5,) * 3, (0.25,) * 3).to(device)
+    batches = [batch.to(device) for batch in make_batch(config)]
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         outputs = [model([batch], [micro_batch_seed(config.train.seed, 0, batch.index)]) for batch in batches]
     outputs = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
     image, text, scale = outputs["image"], outputs["text"], outputs["logit_scale"][0]
     if config.loss.kind == "sigmoid":
-        signs = 2 * torch.eye(len(image)) - 1
+        signs = 2 * torch.eye(len(image), device=device) - 1
         logits = scale * image @ text.T + outputs["logit_bias"][0]
         loss = total = -F.logsigmoid(signs * logits).sum() / len(image)
     else:
@@ -136,7 +140,7 @@ def plain_gradients(config: RunConfig, bf16: bool = False) -> tuple[float, dict[
     if config.model.self_supervision.image:
         views = torch.cat([outputs["view"], outputs["other_view"]])
         scores = (views @ views.T / config.model.self_supervision.temperature).fill_diagonal_(-torch.inf)
-        total = total + 0.5 * F.cross_entropy(scores, torch.arange(len(views)).roll(len(views) // 2))
+        total = total + 0.5 * F.cross_entropy(scores, torch.arange(len(views), device=device).roll(len(image)))
         total = total + 0.25 * outputs["words_loss"].sum() / sum((b.targets_BL != UNMASKED).sum() for b in batches)
     total.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -144,17 +148,18 @@ def plain_gradients(config: RunConfig, bf16: bool = False) -> tuple[float, dict[
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The symmetric cross-entropy, as in figure 3 of arXiv 2103.00020."""
-    logits, labels = scale * image @ text.T, torch.arange(len(image))
+    logits, labels = scale * image @ text.T, torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def engine_environment(engine: str, directory: str | Path) -> dict[str, str]:
+def engine_environment(engine: str, directory: str | Path, gpu: bool = False) -> dict[str, str]:
     """What `accelerate launch` would set for this engine."""
+    device = {"ACCELERATE_USE_CPU": "false" if gpu else "true"}
     if not engine.startswith("zero"):
-        return {}
+        return device
     path = Path(directory) / f"{engine}.json"
     path.write_text(json.dumps(ZERO_CONFIG | {"zero_optimization": {"stage": int(engine[-1])}}))
-    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    return device | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
 
 
 def worlds(engine: str) -> tuple[int, ...]:
@@ -162,10 +167,12 @@ def worlds(engine: str) -> tuple[int, ...]:
     return (1,) if engine == "plain" else (1, 2, 4)
 
 
-def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool) -> list[tuple[float, float, str]]:
+def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool) -> list[tuple[float, float, str]]:
     """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
     os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    os.environ["ACCELERATE_USE_CPU"] = "false" if gpu else "true"
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     from train import distributed
     from train.engine import Engine
     from train.model import build_model
@@ -195,11 +202,12 @@ def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool) -> list[t
         config.train.resident = share // case.accumulation
         kind = case.loss if case.loss in (LEVELS, SELF_SUPERVISED) else config.loss.kind
         if kind not in engines:
-            references[kind] = plain_gradients(config, bf16)
+            references[kind] = plain_gradients(config, bf16, accelerator.device)
             model = build_model(config, (0.5,) * 3, (0.25,) * 3)
             engines[kind] = Capturing(accelerator, model, config)
         engine, (expected_loss, expected) = engines[kind], references[kind]
         own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
+        own = [batch.to(accelerator.device) for batch in own]
         with sabotaged(case.scheme):
             loss = training_step(engine, own, config)["loss"]
         errors = {name: relative_error(engine.gradients[name], expected[name]) for name in expected if counts(name)}
@@ -233,6 +241,7 @@ def run_cases(
     losses: Sequence[str],
     schemes: Sequence[str] = ("",),
     bf16: bool = False,
+    gpu: bool = False,
 ) -> dict[Case, tuple[float, float, str]]:
     """Per case the relative error of the loss, the largest relative error of a gradient, and its parameter."""
     with tempfile.TemporaryDirectory() as directory:
@@ -242,10 +251,10 @@ def run_cases(
         ]
         if engine == "plain":  # a process without a group
             with ProcessPoolExecutor(1, start_context()) as pool:
-                ranks = [pool.submit(step_gradients, text_tower, cases, bf16).result()]
+                ranks = [pool.submit(step_gradients, text_tower, cases, bf16, gpu).result()]
         else:
-            environment = engine_environment(engine, directory)
+            environment = engine_environment(engine, directory, gpu)
             ranks = run_distributed(
-                step_gradients, world, text_tower, cases, bf16, environment=environment, timeout=600
+                step_gradients, world, text_tower, cases, bf16, gpu, environment=environment, timeout=600
             )
     return {case: max((rank[i] for rank in ranks), key=lambda errors: errors[1]) for i, case in enumerate(cases)}

@@ -2,11 +2,8 @@
 
 import pytest
 
-from tests.exactness import ENGINES, LEVELS, LOSSES, SELF_SUPERVISED, run_cases, worlds
+from tests.exactness import BF16_TOLERANCE, ENGINES, LEVELS, LOSSES, SELF_SUPERVISED, TOLERANCE, run_cases, worlds
 from tests.wrong_schemes import SCHEMES
-
-TOLERANCE = 1e-5
-BF16_TOLERANCE = 2e-2  # sums in bf16 round by 4e-3; features of another precision are wrong by a quarter
 
 
 def check(engine: str, world: int, losses: tuple[str, ...], accumulations: tuple[int, ...] = (1, 2, 4)) -> None:
