@@ -149,7 +149,7 @@ def _cache_room(manifests: Sequence[Manifest], config: RunConfig) -> list[Findin
 def wandb(config: RunConfig) -> list[Finding]:
     """Whether the run will be online: a key where W&B looks for one, and a server that answers."""
     mode = os.environ.get("WANDB_MODE", "auto") if config.tracking.wandb == "auto" else config.tracking.wandb
-    if mode in ("offline", "disabled"):
+    if mode in ("offline", "dryrun", "disabled"):
         return [ok("W&B", f"{mode}, as asked")]
     # Its own client says which server it is for: it depends on its version, its settings files and the environment.
     asked = subprocess.run([sys.executable, "-m", "wandb", "status"], capture_output=True, text=True)

@@ -189,6 +189,7 @@ def test_the_key_that_wandb_login_writes_is_found(tmp_path, monkeypatch):
     """Its server's name depends on the version of wandb: it is asked, not assumed."""
     (tmp_path / "index.html").write_text("here")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with serve(tmp_path) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -198,6 +199,8 @@ def test_the_key_that_wandb_login_writes_is_found(tmp_path, monkeypatch):
         (tmp_path / "netrc").write_text(f"machine {host}\n login user\n password {'0' * 40}\n")
         (found,) = inputs.wandb(RunConfig())
     assert found.status == "ok" and server.url in found.measured
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert inputs.wandb(RunConfig())[0].measured == "dryrun, as asked"
 
 
 def test_what_one_rank_alone_finds_names_its_host():
