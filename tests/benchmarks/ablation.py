@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.seeds < 1 or options.steps < 1:
+        parser.error("--seeds and --steps are at least 1")
     try:
         train, val = (joined(options.demo, part, options.runs) for part in ("train", "val"))
     except ValueError as error:
@@ -62,9 +64,18 @@ def main() -> None:
                 fields += ["--train.steps", options.steps, "--eval.every", 0, "--checkpoint.keep", 1]
                 fields += [*REGIMES[regime], *VARIANTS[variant]]
                 name = run_name(regime, variant, seed)
-                if read_results(options.runs / name) is None:
-                    run(name, fields)
-                zeroshot(options.runs / name, options.demo / "openclipart")
+                finished = read_results(options.runs / name)
+                if finished is not None and finished["steps"] != options.steps:
+                    parser.error(
+                        f"--steps {options.steps}: {options.runs / name} is finished with {finished['steps']}; "
+                        "give that, or another --runs"
+                    )
+                try:
+                    if finished is None:
+                        run(name, fields)
+                    zeroshot(options.runs / name, options.demo / "openclipart")
+                except subprocess.CalledProcessError as error:
+                    parser.exit(1, f"error: {name} has ended with {error.returncode}; the same command goes on\n")
     rows = [row(options.runs, regime, variant, options.seeds) for regime in options.regimes for variant in options.only]
     print(json.dumps(rows, indent=2) if options.json else table(rows))
 
@@ -111,12 +122,12 @@ def metrics(run_dir: Path) -> dict[str, float]:
 
 
 def row(runs: Path, regime: str, variant: str, seeds: int) -> dict:
-    """Mean and standard error over seeds of every metric."""
+    """Mean and standard error over seeds of every metric; no error of a single seed."""
     results = [metrics(runs / run_name(regime, variant, seed)) for seed in range(seeds)]
     summary: dict = {"regime": regime, "variant": variant, "seeds": seeds}
     for name in METRICS:
         values = [result[name] for result in results]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         summary[name] = [statistics.mean(values), error]
     return summary
 
@@ -124,7 +135,8 @@ def row(runs: Path, regime: str, variant: str, seeds: int) -> dict:
 def table(rows: Sequence[dict]) -> str:
     lines = [f"| regime | variant | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     for one in rows:
-        values = " | ".join("{:.1f} ± {:.1f}".format(*one[name]) for name in METRICS)
+        pairs = [one[name] for name in METRICS]
+        values = " | ".join(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}") for mean, error in pairs)
         lines.append(f"| {one['regime']} | {one['variant']} | {values} |")
     return "\n".join(lines)
 
