@@ -37,7 +37,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = measure(cli.load(options.config), options.pairs) | {"config": options.config}
+    if options.pairs < 1:
+        parser.error(f"--pairs {options.pairs}: at least 1")
+    try:
+        config = cli.load(options.config)
+    except ValueError as error:
+        parser.error(str(error))
+    report = measure(config, options.pairs) | {"config": options.config}
     if options.json:
         print(json.dumps(report, indent=2))
         return

@@ -19,7 +19,7 @@ from tests.exactness import ENGINES, LOSSES, worlds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--worlds", nargs="+", type=int, default=(1, 2, 4))
+    parser.add_argument("--worlds", nargs="+", type=int, choices=(1, 2, 4), default=(1, 2, 4))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=("tiled",))
     parser.add_argument("--update", action="store_true", help="record tests/golden/curve.json anew, and nothing else")
     parser.add_argument("--json", action="store_true", help="one JSON object per curve instead of a table")

@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast, as in the accelerate configs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: at least 1")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
     accelerator = distributed.start()
     results: dict = {"device": str(accelerator.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
