@@ -73,4 +73,4 @@ def prepare(nodes: str, options: argparse.Namespace) -> None:
         plain(arguments)
 
     torchrun.run = run
-    api.LocalElasticAgent = Agent
+    api.LocalElasticAgent = Agent  # type: ignore[misc]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from train.config import RunConfig
-from train.model import build_model
+from train.model import PairModel, build_model
 from train.multiscale import STAGES
 from train.precision import BUCKET_ELEMENTS
 
@@ -86,7 +86,7 @@ def loss_bytes(config: RunConfig, world: int) -> int:
     return features + 3 * rows * columns * 4
 
 
-def _kept(model: torch.nn.Module, rows: int, tokens: int, bf16: bool) -> int:
+def _kept(model: PairModel, rows: int, tokens: int, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward pass of `rows` samples; weights are not counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

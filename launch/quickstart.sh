@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
         esac
         shift 2
         ;;
+    --processes=* | --precision=* | --name=* | --runs_dir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --gpu)
         engine=ddp
         shift

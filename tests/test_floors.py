@@ -38,9 +38,9 @@ PARTS = {
     "train.report": ["train.plots", "train.gallery"],
 }
 WHOLE = {part: whole for whole, parts in PARTS.items() for part in parts}
-# Within floor 2: side heads stand on towers, the hub is asked in one place, ranges are those of fields by name. Within
-# 3: parameter groups are those of the model, the objective is a sum of losses. Within 4: the engine is what a step and a
-# checkpoint are made with; evaluation by hand loads a checkpoint.
+# Within floor 2: side heads stand on towers, the hub is asked in one place, ranges are those of fields by name.
+# Within 3: parameter groups are those of the model, the objective is a sum of losses.
+# Within 4: the engine is what a step and a checkpoint are made with; evaluation by hand loads a checkpoint.
 STAIRS = {
     ("train.optim", "train.model"),
     ("train.ranges", "train.cli"),

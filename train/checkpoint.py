@@ -155,11 +155,10 @@ def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
     Raises:
         ValueError: there is no undamaged checkpoint.
     """
-    path = Path(run_dir)
-    if not (path / "state.json").is_file():
-        path = newest(path)
+    directory = Path(run_dir)
+    path = directory if (directory / "state.json").is_file() else newest(directory)
     if path is None:
-        raise ValueError(f"--run {run_dir}: there is no complete checkpoint in {_root(Path(run_dir))}")
+        raise ValueError(f"--run {run_dir}: there is no complete checkpoint in {_root(directory)}")
     if damage := verify(path):
         raise ValueError(f"--run {run_dir}: the checkpoint is damaged ({damage})")
     config, state = cli.load(path / "config.yaml"), load_state(path)

@@ -17,6 +17,7 @@ from data_pipeline.loader import MicroBatch
 from train import distributed, optim, precision
 from train.config import RunConfig
 from train.diagnostics import TowerMeter
+from train.model import PairModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +31,7 @@ class Engine:
         config: the run's configuration.
     """
 
-    def __init__(self, accelerator, model: nn.Module, config: RunConfig):
+    def __init__(self, accelerator, model: PairModel, config: RunConfig):
         self.accelerator = accelerator
         self.device = accelerator.device
         self.config = config
@@ -209,7 +210,8 @@ class Engine:
             group["lr"] = group["weight_decay"] = 0.0
         blank = self.module.blank_micro_batch().to(self.device)
         self.exchange(now=True)
-        self.backward(0.0 * sum(value.float().sum() for value in self.forward([blank], [0]).values()))
+        outputs = self.forward([blank], [0])
+        self.backward(0.0 * torch.stack([value.float().sum() for value in outputs.values()]).sum())
         self.wrapped.step()
         for group, (lr, decay) in zip(groups, saved, strict=True):
             group["lr"], group["weight_decay"] = lr, decay
@@ -255,7 +257,7 @@ class Engine:
 
         if self.zero_stage == 3:
             # Cut into parts here: DeepSpeed 0.19 fails to where a parameter does not divide by the world size.
-            size = parameter.partition_numel()
+            size = parameter.partition_numel()  # type: ignore[attr-defined]
             parts = nn.functional.pad(value.flatten(), (0, size * distributed.world_size() - value.numel())).split(size)
             part = parts[distributed.rank()]
             if key is None:

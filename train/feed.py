@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from data_pipeline.config import Source
 from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
@@ -45,7 +46,7 @@ class Feed:
     def batches(self, tokenizer: Tokenizer, start_step: int) -> Iterable[MicroBatch]:
         """This process's micro-batches of the steps from `start_step` on, in order."""
         train, ssl = self.config.train, self.config.model.self_supervision
-        share = {
+        share: dict[str, Any] = {
             "seed": train.seed,
             "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,

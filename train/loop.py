@@ -88,7 +88,7 @@ def train(run: Run) -> int:
 
         done = state.step == run.steps
         if run.val is not None and not done and due(state.step, config.eval.every):
-            tracker.log(state.step, held_out(run).metrics, prefix="val/")
+            tracker.log(state.step, held_out(run, run.val).metrics, prefix="val/")
         if done or stopping or due(state.step, config.checkpoint.every):
             checkpoint.save(run.directory, engine, run.average, state, config)
         if stopping and not done:
@@ -140,7 +140,7 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
 def finish(run: Run) -> int:
     """Evaluate the finished model, write the report and mark the run as done."""
     state = run.state
-    evaluation = held_out(run) if run.val is not None else None
+    evaluation = held_out(run, run.val) if run.val is not None else None
     results = {
         "steps": state.step,
         "samples_seen": state.samples_seen,
@@ -210,11 +210,11 @@ def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> li
     return [next(batches).to(device, non_blocking=True) for _ in range(share)]
 
 
-def held_out(run: Run) -> Evaluation:
+def held_out(run: Run, val: Manifest) -> Evaluation:
     """Retrieval on the held-out data with the weights of now, or their average where `optim.ema` is set."""
     engine = run.engine
     with run.average.applied():
-        return evaluate(engine.module, run.config, run.tokenizer, run.val, autocast=engine.autocast)
+        return evaluate(engine.module, run.config, run.tokenizer, val, autocast=engine.autocast)
 
 
 def due(step: int, every: int) -> bool:

@@ -55,10 +55,10 @@ def contrastive_loss(
         image_BD, text_BD, scale = image_BD.to(dtype), text_BD.to(dtype), logit_scale.to(dtype).reshape(())
         if config.kind == "sigmoid":
             bias = torch.zeros_like(scale) if bias is None else bias.to(dtype).reshape(())
-            loss = tiled_sigmoid if config.rows == "tiled" else _sigmoid
-            return loss(image_BD, text_BD, scale, bias, own, config, ids)
-        loss = tiled_softmax if config.rows == "tiled" else _softmax
-        return loss(image_BD, text_BD, scale, own, config, ids)
+            sigmoid = tiled_sigmoid if config.rows == "tiled" else _sigmoid
+            return sigmoid(image_BD, text_BD, scale, bias, own, config, ids)
+        softmax = tiled_softmax if config.rows == "tiled" else _softmax
+        return softmax(image_BD, text_BD, scale, own, config, ids)
 
 
 class _Product(Function):
@@ -86,7 +86,8 @@ def _softmax(
     logits_image = _Product.apply(scale * image_BD[rows], text_BD)
     logits_text = logits_image.T if config.rows == "full" else _Product.apply(scale * text_BD[rows], image_BD)
     excluded = None if ids is None else ids.duplicates(rows, slice(0, B))
-    losses = sum(_cross_entropy(logits, rows, config, excluded) for logits in (logits_image, logits_text)) / 2
+    of_images, of_texts = (_cross_entropy(logits, rows, config, excluded) for logits in (logits_image, logits_text))
+    losses = (of_images + of_texts) / 2
     return losses[own.start - rows.start : own.stop - rows.start].mean()
 
 
@@ -96,10 +97,11 @@ def _cross_entropy(logits: Tensor, rows: slice, config: LossConfig, excluded: Te
         logits = logits.masked_fill(excluded, -torch.inf)
     log_shares = logits.log_softmax(1)
     losses = -(1 - config.label_smoothing) * log_shares.diagonal(rows.start)
-    if config.label_smoothing and excluded is None:
-        losses = losses - config.label_smoothing * log_shares.mean(1)
-    elif config.label_smoothing:
-        mean = log_shares.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
+    if config.label_smoothing:
+        if excluded is None:
+            mean = log_shares.mean(1)
+        else:
+            mean = log_shares.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
         losses = losses - config.label_smoothing * mean
     return losses
 

@@ -190,7 +190,7 @@ class _TiledSoftmax(Function):
         own, smoothing = ctx.options.own, ctx.options.smoothing
         directions = 2 if ctx.both else 1
         weight = grad / (directions * rows_bD.shape[0])
-        share_b, share_B = weight / sum_b, weight / column[1] if ctx.both else None
+        share_b = weight / sum_b
         grad_rows_bD, grad_columns_BD = torch.zeros_like(rows_bD), torch.zeros_like(columns_BD)
         with exact_matmul(rows_bD.device.type):
             for tile in _tiles(rows_bD, columns_BD, scale, ctx.options):
@@ -199,7 +199,8 @@ class _TiledSoftmax(Function):
                 if smoothing:
                     grad_rc.sub_((smoothing * weight * even_B[own][tile.rows])[:, None])
                 if ctx.both:
-                    grad_rc.addcmul_(tile.logits_rc.sub_(column[0][tile.columns]).exp_(), share_B[tile.columns])
+                    max_B, sum_B = (value_B[tile.columns] for value_B in column)
+                    grad_rc.addcmul_(tile.logits_rc.sub_(max_B).exp_(), weight / sum_B)
                     if smoothing:
                         grad_rc.sub_(smoothing * weight * even_B[tile.columns])
                 if tile.excluded_rc is not None:

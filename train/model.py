@@ -48,6 +48,9 @@ class PairModel(nn.Module):
     parameter without any would stall those that wait for all of them.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -75,7 +78,8 @@ class PairModel(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32).view(1, 3, 1, 1))
         multiscale.check(config.multiscale, config.embed_dim)
-        self.image_levels = self.text_levels = None
+        self.image_levels: LevelHeads | None = None
+        self.text_levels: LevelHeads | None = None
         if config.multiscale.enabled:
             self._add_levels(math.log(scale), sigmoid)
         self_supervision.check(config)
@@ -173,7 +177,7 @@ class PairModel(nn.Module):
         return F.normalize(self.text_projection(self.text(ids_BL, mask_BL)).float(), dim=-1)
 
     def _image(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        taps = self.image_taps if self.image_levels is not None else []
+        taps: list[str] = self.image_taps if self.image_levels is not None else []
         levels, features_BD = tapped(self.image, taps, self._normalized(images_BCHW))
         outputs, top_BD = {}, self.image_projection(features_BD)
         if self.image_levels is None:
@@ -185,10 +189,12 @@ class PairModel(nn.Module):
         return outputs
 
     def _other_view(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+        assert self.image_ssl is not None
         with not_recording(self.image):
             return {"other_view": self.image_ssl(self.image(self._normalized(views_BCHW)))}
 
     def _words(self, batch: MicroBatch) -> dict[str, Tensor]:
+        assert self.text_ssl is not None and batch.masked_BL is not None, "the loader hides words by its Extras"
         loss_B, count_B = self.text_ssl(self.text.hidden_states(batch.masked_BL, batch.mask_BL), batch.targets_BL)
         return {"words_loss": loss_B, "words_count": count_B}
 
@@ -232,8 +238,10 @@ class PairModel(nn.Module):
         return [tower for tower, config in towers if config.locked_until < 0]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[Tensor | None]) -> Tensor:
+    given = [part for part in parts if part is not None]
+    assert len(given) == len(parts), "the loader makes second views by its Extras"
+    return given[0] if len(given) == 1 else torch.cat(given)
 
 
 def _check_dropout(tower: ImageTower, config: ModelConfig) -> None:

@@ -24,6 +24,12 @@ from train.distributed import all_reduce_sum, world_size
 class MicroBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm (arXiv 1502.03167) by the statistics of the micro-batch; equals nn.BatchNorm2d for one per step."""
 
+    # What torch's own class has only on request, this one always has.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.recording = False
@@ -202,7 +208,8 @@ def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], co
         recorded = norm.recorded_count * world_size()
         # A synchronized norm records once per rank and call, whatever the number of micro-batches.
         assert recorded > 0 and (recorded == count or isinstance(norm, GlobalBatchNorm2d)), (recorded, count)
-    sums = all_reduce(torch.cat([norm.recorded_sum_2C.flatten() for norm in norms]))
+    recorded_sums = [norm.recorded_sum_2C.flatten() for norm in norms if norm.recorded_sum_2C is not None]
+    sums = all_reduce(torch.cat(recorded_sums))
     for norm, sum_2C in zip(norms, sums.split([2 * norm.num_features for norm in norms]), strict=True):
         means_2C = (sum_2C / (norm.recorded_count * world_size())).view(2, -1)
         for running_C, mean_C in zip((norm.running_mean, norm.running_var), means_2C, strict=True):

@@ -63,7 +63,7 @@ def _levels(outputs: Mapping[str, Tensor], config: RunConfig, options: dict) -> 
         for image_BD, text_BD, scale, bias in zip(image_nBD, text_nBD, scales, biases, strict=True)
     ]
     shares = outputs["level_shares"]
-    terms = {}
+    terms: dict[str, Tensor] = {}
     for number, (level, share) in enumerate(zip(losses, shares, strict=True), start=1):
         terms |= {f"loss/level{number}": level, f"level_weight/{number}": share}
     return weighed(torch.stack(losses), shares, config.model.multiscale.evenness), terms

@@ -62,7 +62,7 @@ def param_groups(model: PairModel, config: RunConfig) -> list[dict]:
 def _values_by_parameter(model: PairModel, config: RunConfig) -> dict[str, dict]:
     """What a parameter's place in the model says about its group, by parameter name."""
     peak = config.optim.lr
-    values = {}
+    values: dict[str, dict] = {}
     for tower, module, options in (
         ("image", model.image, config.model.image),
         ("text", model.text, config.model.text),

@@ -39,6 +39,7 @@ class WordHead(nn.Module):
     def __init__(self, tower: TextTower) -> None:
         super().__init__()
         embeddings = tower.encoder.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding), type(embeddings)
         self.layer = nn.Linear(tower.width, embeddings.embedding_dim)
         self.norm = nn.LayerNorm(embeddings.embedding_dim)
         self.tied_VD = embeddings.weight

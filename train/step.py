@@ -56,7 +56,7 @@ def training_step(
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.exchange(now=number == len(parts))
         output = engine.forward(*part) if cached else outputs[0]
-        engine.backward(sum((output[name] * value).sum() for name, value in gradient.items()))
+        engine.backward(torch.stack([(output[name] * value).sum() for name, value in gradient.items()]).sum())
 
     if measure:
         engine.meter.arm()
@@ -100,12 +100,13 @@ def loss_gradients(
     start = rows * distributed.rank()
     ids = {"image_ids_B": image_ids_B, "text_ids_B": text_ids_B}
     total, terms = objective(full | scalars, config, start=start, stop=start + rows, **ids)
-    total.backward()
+    inputs = full | scalars
+    grads = dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
 
     sizes = [output["image"].shape[0] for output in outputs]
-    split = {name: distributed.reduce_scatter_rows(full[name].grad).split(sizes) for name in names}
+    split = {name: distributed.reduce_scatter_rows(grads[name]).split(sizes) for name in names}
     # Means over ranks: the ranks' shares, each rounded by itself, would not add up to the same bits.
-    values = [value.detach().reshape(1) for value in terms.values()] + [value.grad for value in scalars.values()]
+    values = [value.detach().reshape(1) for value in terms.values()] + [grads[name] for name in scalars]
     means = distributed.all_reduce_sum(torch.cat(values)) / distributed.world_size()
     losses, *means = means.split([len(terms), *(len(value) for value in scalars.values())])
     # Scalars come out of every part's forward; each part carries an equal share of their gradient.

@@ -9,6 +9,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -197,7 +198,7 @@ def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
     family = not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not family or type(config) not in transformers.MODEL_MAPPING or not hasattr(config, "hidden_size"):
         raise ValueError(f"--model.text.name {name} is of type {config.model_type}: use an encoder of the BERT family")
-    encoder_class = transformers.MODEL_MAPPING[type(config)]
+    encoder_class: Any = transformers.MODEL_MAPPING[type(config)]
     options: dict = {}
     if "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters:
         options["add_pooling_layer"] = False  # parameters that no gradient reaches would stop DDP
