@@ -185,6 +185,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     batches = feed.batches(tokenizer, state.step)
     val = load_manifest(config.data.val) if config.data.val else None
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
+    mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
+    tracker.message(f"images are normalized by --data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"going on from {found}")
     balance = Balance(config, state.balance)

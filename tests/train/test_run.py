@@ -91,7 +91,8 @@ def test_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight,
     assert process.wait(timeout=60) == EXIT_PREEMPTED
     stopped = [path.name for path in (run_dir(config) / "checkpoints").glob("step_*")]
     assert len(stopped) == 1 and 2 <= int(stopped[0][5:]) < STEPS
-    run(config, tmp_path, engine="zero2", processes=2)
+    said = run(config, tmp_path, engine="zero2", processes=2)
+    assert "--data.normalize imagenet: mean 0.485/0.456/0.406, std 0.229/0.224/0.225" in said
     assert_same_curve(curve(config), curve(straight), 1e-4)
 
 
