@@ -115,9 +115,10 @@ def _run_rank(
     torch.set_num_threads(1)
     try:
         backend = "gloo"
-        if variables["ACCELERATE_USE_CPU"] == "false" and (gpu := torch.accelerator.current_accelerator()) is not None:
+        # torch's CUDA build names an accelerator where there is none.
+        if variables["ACCELERATE_USE_CPU"] == "false" and torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(variables["RANK"]))
-            backend = torch.distributed.get_default_backend_for_device(gpu)
+            backend = torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator())
         torch.distributed.init_process_group(
             backend,
             init_method=f"file://{rendezvous}",
