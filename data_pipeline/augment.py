@@ -50,7 +50,7 @@ POLICIES = {
     ),
     "text_safe": Augmentation(scale=(0.8, 1.0), ratio=(0.9, 1.1), jitter=_JITTER, jitter_probability=0.5),
 }
-"""What each named policy sets. "none" is the evaluation transform: the largest square in the middle."""
+"""What each named policy sets. "none" is what evaluation shows with eval_crop 1: the largest square in the middle."""
 
 
 def resolve_augment(given: AugmentConfig) -> Augmentation:

@@ -88,6 +88,9 @@ class DataConfig:
     """Colour, 0 to 255, that is put behind transparent images."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Training augmentation."""
+    eval_crop: float = 1.0
+    """Side of the square in the middle that evaluation looks at, as a share of the image's shorter side; above 0, at
+    most 1. Random crops show things larger in training: 0.875 makes up for some of that (arXiv 1906.06423)."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Caption policy in training."""
     lanes: int = 8

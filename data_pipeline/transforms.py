@@ -39,7 +39,8 @@ def train_transform(config: DataConfig) -> TrainTransform:
 def eval_transform(config: DataConfig) -> EvalTransform:
     """The evaluation transform, without chance: image bytes or opened PIL image -> uint8 [3, image_size, image_size].
 
-    The largest square in the middle, resized: the same as shorter side to image_size, then a crop in the middle.
+    The square in the middle whose side is `eval_crop` of the shorter side, resized: the same as shorter side to
+    image_size / eval_crop, then a crop in the middle.
     """
     return EvalTransform(config)
 
@@ -48,12 +49,12 @@ class EvalTransform:
     """See eval_transform."""
 
     def __init__(self, config: DataConfig):
-        self.region = Region(config)
+        self.region, self.share = Region(config), config.eval_crop
 
     def __call__(self, source: bytes | Image.Image) -> Tensor:
         """Raises BadSample where the image cannot be used."""
         image = self.region.open(source)
-        return to_tensor(self.region.load(image, centre_crop(*oriented_size(image))))
+        return to_tensor(self.region.load(image, centre_crop(*oriented_size(image), self.share)))
 
 
 class TrainTransform:
@@ -96,6 +97,9 @@ class Region:
     def __init__(self, config: DataConfig):
         if config.image_size < 1:
             raise ValueError(f"--data.image_size is {config.image_size}: at least 1 pixel")
+        # Here, so that a run says it before it trains, not at its first evaluation.
+        if not 0 < config.eval_crop <= 1:
+            raise ValueError(f"--data.eval_crop is {config.eval_crop}: a share above 0 and at most 1, such as 0.875")
         red, green, blue = config.background
         self.size, self.background, self.max_pixels = config.image_size, (red, green, blue), config.max_pixels
 
@@ -128,9 +132,9 @@ def load_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> T
     return resized_1CHW[0].permute(1, 2, 0)
 
 
-def centre_crop(width: int, height: int) -> Crop:
-    """The largest square in the middle."""
-    side = min(width, height)
+def centre_crop(width: int, height: int, share: float = 1.0) -> Crop:
+    """The square in the middle whose side is this share of the shorter side."""
+    side = max(1, round(min(width, height) * share))
     return (width - side) // 2, (height - side) // 2, side, side
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -56,11 +57,12 @@ def far(seen: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (64, 64), (33, 200), (20, 31)])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_eval_is_resize_and_centre_crop(size: tuple[int, int], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "crop"), [("PNG", 1.0), ("JPEG", 1.0), ("PNG", 0.8), ("JPEG", 0.8)])
+def test_eval_is_resize_and_centre_crop(size: tuple[int, int], kind: str, crop: float) -> None:
     data = encoded(picture(*size), kind)
-    plain = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
-    seen = eval_transform(DataConfig(image_size=32))(data)
+    resize = v2.Resize(round(32 / crop), v2.InterpolationMode.BICUBIC)
+    plain = v2.Compose([resize, v2.CenterCrop(32), v2.PILToTensor()])
+    seen = eval_transform(DataConfig(image_size=32, eval_crop=crop))(data)
     assert seen.shape == (3, 32, 32) and seen.permute(1, 2, 0).is_contiguous()
     assert far(seen, plain(Image.open(io.BytesIO(data)))) < 3
 
@@ -246,13 +248,17 @@ def test_unusable_values_are_refused_by_name(wrong: dict) -> None:
         train_transform(DataConfig(augment=AugmentConfig(**wrong)))
 
 
-def test_image_size_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"--data\.image_size is 0"):
-        eval_transform(DataConfig(image_size=0))
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"eval_crop": 0.0}, {"eval_crop": 1.5}])
+@pytest.mark.parametrize("transform", [eval_transform, train_transform])
+def test_sizes_are_checked_before_training(wrong: dict, transform: Callable) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"--data\.{name} is {wrong[name]}"):
+        transform(DataConfig(**wrong))
 
 
 def test_centre_crop() -> None:
     assert centre_crop(10, 4) == (3, 0, 4, 4) and centre_crop(4, 9) == (0, 2, 4, 4)
+    assert centre_crop(10, 8, 0.5) == (3, 2, 4, 4) and centre_crop(10, 1, 0.2) == (4, 0, 1, 1)
 
 
 def counted(pixels: np.ndarray) -> dict:
