@@ -101,11 +101,15 @@ def launch() -> None:
     """In the launcher's process: `accelerate launch` itself; leaves with the exit code of the first worker to fail."""
     # Its errors repeat, with a banner, what the workers have said and what is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if not torch.accelerator.is_available():
+        # Else DeepSpeed tells stdout that it has found none, in front of what a command prints for other programs.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options = launch_command_parser().parse_args(sys.argv[2:])
     # torchrun must leave these signals to us; it still ends its workers on HUP and QUIT.
     options.signals_to_handle = "SIGHUP,SIGQUIT"
