@@ -62,6 +62,7 @@ def main() -> None:
             for variant in options.only:
                 fields = ["--data.train", train, "--data.val", val, "--runs_dir", options.runs, "--train.seed", seed]
                 fields += ["--train.steps", options.steps, "--eval.every", 0, "--checkpoint.keep", 1]
+                fields += ["--data.eval_crop", 1]  # clip art has no margin as the quickstart's drawings have
                 fields += [*REGIMES[regime], *VARIANTS[variant]]
                 name = run_name(regime, variant, seed)
                 finished = read_results(options.runs / name)
