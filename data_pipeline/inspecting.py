@@ -17,7 +17,7 @@ from data_pipeline.manifest import Manifest, is_remote, load_manifest
 from data_pipeline.parallel import positive
 from data_pipeline.samples import BadSample, decode_image, split
 from data_pipeline.shards import ShardReader
-from data_pipeline.store import Store
+from data_pipeline.store import open_store
 
 CELL = 192
 """Side of a picture on the sheet, in pixels."""
@@ -134,7 +134,7 @@ def _spaced(manifest: Manifest, config: DataConfig, count: int) -> list[dict[str
     shards = [shard for shard in manifest.shards if not is_remote(shard.url)] or manifest.shards[:1]
     total = sum(shard.nsamples for shard in shards)
     wanted = sorted({(2 * i + 1) * total // (2 * count) for i in range(count)})
-    store = Store(config.cache_dir or "~/.cache/duet", int(config.cache_gb * 1e9))
+    store = open_store(config)
     samples, start = [], 0
     for shard in shards:
         inside = [position - start for position in wanted if start <= position < start + shard.nsamples]

@@ -24,7 +24,7 @@ from data_pipeline.masking import Masking
 from data_pipeline.order import Mixture, Order, Position
 from data_pipeline.samples import BadSample, split
 from data_pipeline.shards import ShardReader
-from data_pipeline.store import Store
+from data_pipeline.store import open_store
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import train_transform
 
@@ -94,7 +94,7 @@ class Readers:
 
     def __init__(self, manifests: Sequence[Manifest], config: DataConfig):
         self.manifests = manifests
-        self._store = Store(config.cache_dir or "~/.cache/duet", int(config.cache_gb * 1e9))
+        self._store = open_store(config)
         # As many as the groups that all lanes shuffle at a time, within what a process may open.
         self._limit = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()

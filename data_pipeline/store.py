@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Shard, filesystem, is_remote
 
 # What may be deleted: the directory may hold files of others.
@@ -90,6 +91,11 @@ class Store:
 
     def _files(self, name: re.Pattern[str]) -> list[Path]:
         return [path for path in self.cache_dir.iterdir() if name.fullmatch(path.name)]
+
+
+def open_store(config: DataConfig) -> Store:
+    """The store of a run's shards, with the cache where the configuration puts it."""
+    return Store(config.cache_dir or "~/.cache/duet", int(config.cache_gb * 1e9))
 
 
 def _final_size(part: Path) -> int:

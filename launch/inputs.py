@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from data_pipeline.manifest import Manifest, expand, filesystem, is_remote, load_manifest
 from data_pipeline.samples import BadSample, split
 from data_pipeline.shards import ShardReader
-from data_pipeline.store import Store
+from data_pipeline.store import open_store
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import train_transform
 from launch.findings import Finding, fail, ok, warn
@@ -108,7 +107,7 @@ def _read_ends(
     Returns samples, seconds of decoding, seconds of fetching, bytes fetched (or found in the cache), bad samples.
     """
     shards = list(dict.fromkeys(shard for m in manifests for shard in (m.shards[0], m.shards[-1])))
-    store = Store(config.data.cache_dir or "~/.cache/duet", int(config.data.cache_gb * GB))
+    store = open_store(config.data)
     transform, count, bad = train_transform(config.data), 0, []
     decoding = fetching = 0.0
     for shard in shards:
@@ -135,7 +134,7 @@ def _cache_room(manifests: Sequence[Manifest], config: RunConfig) -> list[Findin
     remote = sum(shard.filesize for manifest in manifests for shard in manifest.shards if is_remote(shard.url))
     if not remote:
         return []
-    directory = Path(config.data.cache_dir or "~/.cache/duet").expanduser().absolute()
+    directory = open_store(config.data).cache_dir
     kept = sum(path.stat().st_size for path in directory.glob("*.tar"))
     room = shutil.disk_usage(directory).free + kept
     need = min(config.data.cache_gb * GB, remote)

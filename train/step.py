@@ -99,8 +99,8 @@ def loss_gradients(
     rows = own["image"].shape[0]
     start = rows * distributed.rank()
     ids = {"image_ids_B": image_ids_B, "text_ids_B": text_ids_B}
-    total, terms = objective(full | scalars, config, start=start, stop=start + rows, **ids)
     inputs = full | scalars
+    total, terms = objective(inputs, config, start=start, stop=start + rows, **ids)
     grads = dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
 
     sizes = [output["image"].shape[0] for output in outputs]
