@@ -12,11 +12,14 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": ("data_pipeline.demo", "fetch a small real corpus and write it as train and held-out shards"),
-    "pack": ("data_pipeline.pack", "write shards from a folder, CSV, TSV, JSONL, Parquet or datasets directory"),
-    "index": ("data_pipeline.indexing", "write the manifest of shards: samples, sha256, statistics"),
-    "verify": ("data_pipeline.verifying", "check every shard of a manifest against its sha256"),
-    "inspect": ("data_pipeline.inspecting", "show counts, sizes, caption lengths, and a sheet of samples"),
+    "demo": ("data_pipeline.demo.command", "fetch a small real corpus and write it as train and held-out shards"),
+    "pack": (
+        "data_pipeline.commands.pack",
+        "write shards from a folder, CSV, TSV, JSONL, Parquet or datasets directory",
+    ),
+    "index": ("data_pipeline.commands.index", "write the manifest of shards: samples, sha256, statistics"),
+    "verify": ("data_pipeline.commands.verify", "check every shard of a manifest against its sha256"),
+    "inspect": ("data_pipeline.commands.inspect", "show counts, sizes, caption lengths, and a sheet of samples"),
 }
 """Subcommand -> module with add_arguments(parser) and run(args) -> exit code, imported when asked for; its help."""
 

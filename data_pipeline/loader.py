@@ -14,10 +14,10 @@ import webdataset
 
 from data_pipeline.batch import EvalBatch, MicroBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import Manifest, expand
 from data_pipeline.order import Mixture, Order, Position, sequential
-from data_pipeline.samples import BadSample, split
-from data_pipeline.source import (
+from data_pipeline.samples.image import BadSample, split
+from data_pipeline.samples.transforms import eval_transform
+from data_pipeline.stages.decode import (
     Collate,
     Decode,
     DecodeOrReplace,
@@ -31,10 +31,10 @@ from data_pipeline.source import (
     shard_name,
     stacked,
 )
-from data_pipeline.stream import StreamDecode, StreamSource
+from data_pipeline.stages.stream import StreamDecode, StreamSource
+from data_pipeline.stages.workers import Loaded
+from data_pipeline.storage.manifest import Manifest, expand
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import eval_transform
-from data_pipeline.workers import Loaded
 
 __all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "stream_loader", "train_loader"]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest
 
 
 class Position(NamedTuple):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.samples import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size, split
-from data_pipeline.shards import ShardReader
+from data_pipeline.samples.image import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size, split
+from data_pipeline.storage.shards import ShardReader
 
 MEASURE_SIZE = 256
 """Images with a longer shorter side than this, in pixels, are reduced to it before their pixels are counted."""

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 import torch
 
-from data_pipeline.manifest import Manifest, expand, filesystem, is_remote, load_manifest
-from data_pipeline.samples import BadSample, split
-from data_pipeline.shards import ShardReader
-from data_pipeline.store import open_store
+from data_pipeline.samples.image import BadSample, split
+from data_pipeline.samples.transforms import train_transform
+from data_pipeline.storage.cache import open_store
+from data_pipeline.storage.manifest import Manifest, expand, filesystem, is_remote, load_manifest
+from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import train_transform
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB
-from train import tracking
 from train.config import RunConfig
-from train.towers import ImageTower, TextTower
+from train.model.image import ImageTower, TextTower
+from train.run import tracker as tracking
 
 GPU_RATE = 450
 """Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""

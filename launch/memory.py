@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from train.config import RunConfig
-from train.model import PairModel, build_model
-from train.multiscale import STAGES
-from train.precision import BUCKET_ELEMENTS
+from train.engine.precision import BUCKET_ELEMENTS
+from train.model.pair import PairModel, build_model
+from train.terms.levels import STAGES
 
 GB = 1e9
 RESERVE = 1.3

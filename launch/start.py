@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from train.preemption import EXIT_PREEMPTED
+from train.run.signals import EXIT_PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5

@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 
 from train import cli, distributed
 from train.config import RunConfig
-from train.ema import WeightAverage
-from train.engine import Engine
-from train.model import PairModel, build_model
+from train.engine.base import Engine
+from train.engine.ema import WeightAverage
+from train.model.pair import PairModel, build_model
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "config.yaml")

@@ -65,7 +65,7 @@ class TextTowerConfig:
 
 @dataclass
 class MultiscaleConfig:
-    """Alignment at several depths of the towers (train/multiscale.py)."""
+    """Alignment at several depths of the towers (train/terms/levels.py)."""
 
     enabled: bool = False
     """Pool, project and align several stages of each tower, level by level, beside the embedding."""
@@ -87,7 +87,7 @@ class MultiscaleConfig:
 
 @dataclass
 class SelfSupervisionConfig:
-    """Terms inside one modality, added to the contrastive loss (train/self_supervision.py)."""
+    """Terms inside one modality, added to the contrastive loss (train/terms/views.py)."""
 
     image: float = 0.0
     """Weight of the contrastive term between two views of every image; 0 is off. Costs a second pass of the tower."""
@@ -165,7 +165,7 @@ class OptimConfig:
 
 @dataclass
 class BalanceConfig:
-    """Modality balance: each tower's learning rate adapts to the gradients that arrive in it (train/balance.py)."""
+    """Modality balance: each tower's learning rate adapts to its gradients (train/engine/balance.py)."""
 
     kind: Literal["off", "gradient", "update", "progress"] = "off"
     """What is balanced between the towers, projections included. gradient: its norm over that of the weights; update:

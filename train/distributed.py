@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from train.precision import PRECISIONS
+from train.engine.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,7 +79,7 @@ def start() -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),
-            # BatchNorm's running statistics are kept equal by train.norm: DDP need not send them at every forward.
+            # train.model.norm keeps the running statistics of BatchNorm equal: DDP need not send them at every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

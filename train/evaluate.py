@@ -16,17 +16,16 @@ from itertools import compress
 
 import torch
 
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
-from train import precision
 from train.checkpoint import load_model
 from train.config import RunConfig
 from train.distributed import is_main, start
-from train.features import Autocast, Evaluation, encode
-from train.model import PairModel
-from train.probe import probe_metrics, split_by_key
-from train.retrieval import RECALL_AT, retrieval_metrics
-from train.zeroshot import (
+from train.engine import precision
+from train.evaluation.encode import Autocast, Evaluation, encode
+from train.evaluation.probe import probe_metrics, split_by_key
+from train.evaluation.retrieval import RECALL_AT, retrieval_metrics
+from train.evaluation.zeroshot import (
     TEMPLATES,
     check_templates,
     class_features,
@@ -36,6 +35,7 @@ from train.zeroshot import (
     read_names,
     zeroshot_metrics,
 )
+from train.model.pair import PairModel
 
 # Options that only one task reads.
 OWN_OPTIONS = {"classnames": "zeroshot", "templates": "zeroshot", "fit": "probe"}
@@ -49,13 +49,13 @@ def evaluate(
     *,
     autocast: Autocast = nullcontext,
 ) -> Evaluation:
-    """Retrieval on held-out data: the metrics of `train.retrieval.retrieval_metrics`, and `n_bad`.
+    """Retrieval on held-out data: the metrics of `train.evaluation.retrieval.retrieval_metrics`, and `n_bad`.
 
     All processes call it together, on a module that can be called directly (not the engine's wrapper). Each encodes
     its share of the data; all get the same result, whatever the number of processes.
 
     Args:
-        autocast: makes the context of every forward pass, such as `train.precision.autocast`.
+        autocast: makes the context of every forward pass, such as `train.engine.precision.autocast`.
 
     Raises:
         ValueError: not one sample could be read, or features that are not finite.

@@ -7,10 +7,10 @@ from typing import Any
 
 from data_pipeline.config import Source
 from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
-from data_pipeline.manifest import load_manifest
 from data_pipeline.order import build_order
+from data_pipeline.samples.transforms import normalization
+from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import normalization
 from train import distributed
 from train.config import RunConfig
 

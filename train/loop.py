@@ -10,22 +10,23 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
-from train import checkpoint, distributed, rundir
-from train.balance import Balance, check_balance
+from train import checkpoint, distributed
 from train.checkpoint import TrainState
+from train.checks import check_ranges
 from train.config import RunConfig
-from train.ema import WeightAverage
-from train.engine import Engine
+from train.engine.balance import Balance, check_balance
+from train.engine.base import Engine
+from train.engine.ema import WeightAverage
 from train.evaluate import Evaluation, evaluate, table
 from train.feed import Feed
-from train.model import build_model
-from train.preemption import EXIT_PREEMPTED, StopRequest
-from train.ranges import check_ranges
-from train.report import write_report
+from train.model.pair import build_model
+from train.report.page import write_report
+from train.run import directory as rundir
+from train.run.signals import EXIT_PREEMPTED, StopRequest
+from train.run.tracker import Tracker
 from train.step import batch_digest, training_step
-from train.tracking import Tracker
 
 
 @dataclass

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.samples import name_bytes
-from train import distributed, norm
+from data_pipeline.samples.image import name_bytes
+from train import distributed
 from train.config import LossConfig, RunConfig
-from train.diagnostics import embedding_metrics
-from train.engine import Engine
-from train.objective import objective
+from train.engine.base import Engine
+from train.engine.meter import embedding_metrics
+from train.model import norm
+from train.terms.objective import objective
 
 Outputs = dict[str, Tensor]
 SCALARS = ("logit_scale", "logit_bias", "level_scales", "level_biases", "level_shares")
@@ -35,7 +36,7 @@ def training_step(
 
     Args:
         micro_batches: this process's share of the step, in order, on the engine's device.
-        measure: also return what train.diagnostics measures.
+        measure: also return what train.engine.meter measures.
 
     Returns:
         Metrics of the step, the same on every rank.

@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import checkpoint, cli, loop, rundir
+from train import checkpoint, cli, loop
 from train.config import RunConfig
+from train.run import directory as rundir
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/slurm/train.sbatch"

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline import indexing
-from train.rundir import read_results
+from data_pipeline.commands import index as indexing
+from train.run.directory import read_results
 
 ZEROSHOT = "zeroshot.json"
 CORPORA = ("openmoji", "openclipart")

@@ -21,10 +21,10 @@ import torch
 
 from tests.benchmarks.batches import random_batch
 from train import cli, distributed
-from train.balance import Balance
 from train.config import RunConfig
-from train.engine import Engine
-from train.model import build_model
+from train.engine.balance import Balance
+from train.engine.base import Engine
+from train.model.pair import build_model
 from train.step import training_step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from data_pipeline.batch import MicroBatch
-from data_pipeline.masking import UNMASKED
+from data_pipeline.samples.masking import UNMASKED
 from train.config import RunConfig
 
 MASK = 103

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.curves --update      record one plain process's curve anew in tests/golden/curve.json
 
 Largest relative difference of a loss or temperature at the same step; inf where the samples or their order differ.
-`golden` is the same against the recorded curve, which may come from another CPU. The run: tests/curves.py.
+`golden` is the same against the recorded curve, which may come from another CPU. The run: tests/support/curves.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from tests.curves import golden, record, write_golden
-from tests.exactness import ENGINES, LOSSES, worlds
+from tests.support.curves import golden, record, write_golden
+from tests.support.exactness import ENGINES, LOSSES, worlds
 
 
 def main() -> None:

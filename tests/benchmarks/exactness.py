@@ -14,7 +14,7 @@ import json
 
 import torch
 
-from tests.exactness import BF16_TOLERANCE, ENGINES, LOSSES, TOLERANCE, run_cases, worlds
+from tests.support.exactness import BF16_TOLERANCE, ENGINES, LOSSES, TOLERANCE, run_cases, worlds
 
 ACCUMULATIONS = (1, 2, 4)
 

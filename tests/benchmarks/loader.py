@@ -32,12 +32,12 @@ from torchvision import transforms
 
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import train_loader
-from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.order import build_order
-from data_pipeline.shards import ShardWriter, read_index
+from data_pipeline.samples.transforms import IMAGENET, train_transform
+from data_pipeline.storage.manifest import Manifest, Shard
+from data_pipeline.storage.shards import ShardWriter, read_index
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import IMAGENET, train_transform
-from tests.data_pipeline.vocabulary import write_tokenizer
+from tests.support.vocabulary import write_tokenizer
 
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 BATCH, SHARDS = 32, 8

@@ -164,7 +164,7 @@ def open_clip(options: argparse.Namespace) -> Callable:
 def duet(options: argparse.Namespace) -> Callable:
     sys.path.insert(0, str(ROOT))
     from train.config import LossConfig
-    from train.loss import contrastive_loss
+    from train.loss.full import contrastive_loss
 
     config = LossConfig(kind=options.kind, rows=options.measure)
     config.tile = options.tile or config.tile

@@ -21,8 +21,8 @@ import torch
 
 from tests.benchmarks.batches import random_batch
 from tests.benchmarks.loss import memory, reset_peak
-from tests.distributed import run_distributed
-from tests.exactness import ZERO_CONFIG
+from tests.support.distributed import run_distributed
+from tests.support.exactness import ZERO_CONFIG
 from train.config import RunConfig
 
 MICRO_BATCHES, SIZE, TOKENS = 4, 224, 32
@@ -71,8 +71,8 @@ def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[st
     from transformers import BertConfig
 
     from train import distributed
-    from train.engine import Engine
-    from train.model import build_model
+    from train.engine.base import Engine
+    from train.model.pair import build_model
     from train.step import training_step
 
     BertConfig().save_pretrained(directory)

@@ -26,8 +26,8 @@ from launch.memory import plan
 from tests.benchmarks.batches import random_batch
 from train import distributed
 from train.config import RunConfig
-from train.engine import Engine
-from train.model import build_model
+from train.engine.base import Engine
+from train.model.pair import build_model
 from train.step import training_step
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)

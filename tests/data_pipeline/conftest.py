@@ -8,9 +8,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from data_pipeline.manifest import write_manifest
-from data_pipeline.shards import ShardWriter
-from tests.data_pipeline.tars import describe
+from data_pipeline.storage.manifest import write_manifest
+from data_pipeline.storage.shards import ShardWriter
+from tests.support.tars import describe
 
 # No time limit per example: the machine may be busy.
 settings.register_profile("duet", deadline=None)

@@ -8,14 +8,14 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import EvalBatch, eval_loader
-from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import sequential
-from data_pipeline.samples import split
-from data_pipeline.shards import ShardReader
+from data_pipeline.samples.image import split
+from data_pipeline.samples.transforms import eval_transform
+from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import eval_transform
-from tests.data_pipeline.loading import SIZES, damaged, settings
-from tests.data_pipeline.vocabulary import write_tokenizer
+from tests.support.loading import SIZES, damaged, settings
+from tests.support.vocabulary import write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,14 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import MicroBatch, train_loader
-from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Mixture, Order, build_order
-from data_pipeline.samples import split
-from data_pipeline.shards import ShardReader
+from data_pipeline.samples.image import split
+from data_pipeline.samples.transforms import train_transform
+from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import train_transform
-from tests.data_pipeline.loading import BATCH, LANES, MICRO, SEED, SIZES, STEPS, assert_equal, damaged, settings
-from tests.data_pipeline.vocabulary import write_tokenizer
+from tests.support.loading import BATCH, LANES, MICRO, SEED, SIZES, STEPS, assert_equal, damaged, settings
+from tests.support.vocabulary import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

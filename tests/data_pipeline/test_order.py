@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.order import Mixture, Order, Position, build_order, permutation, sequential
+from data_pipeline.storage.manifest import Manifest, Shard
 
 
 @st.composite

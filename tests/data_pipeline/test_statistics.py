@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.shards import ShardWriter
 from data_pipeline.statistics import MEASURE_SIZE, Moments, merge_statistics, shard_statistics
+from data_pipeline.storage.shards import ShardWriter
 
 
 def random_image(seed: int, width: int, height: int) -> np.ndarray:

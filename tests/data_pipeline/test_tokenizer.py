@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.vocabulary import LETTERS, SPECIAL, WORDS, write_tokenizer
+from tests.support.vocabulary import LETTERS, SPECIAL, WORDS, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from launch.slurm.submit import main
-from tests.launch.slurm import ROOT, Cluster, wait_for, why_not
+from tests.support.slurm import ROOT, Cluster, wait_for, why_not
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ ZERO_STAGES["cpu_zero3"] = 3
 PROBE = """
 import torch
 from train import distributed
-from train.precision import deepspeed_config
+from train.engine.precision import deepspeed_config
 accelerator = distributed.start()
 precision = accelerator.mixed_precision
 model = torch.nn.Linear(4, 4)

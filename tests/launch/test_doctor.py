@@ -14,11 +14,11 @@ from data_pipeline.config import Source
 from launch import checks, inputs, memory
 from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
-from tests.data_pipeline.server import serve
-from tests.data_pipeline.vocabulary import write_tokenizer
-from tests.train.small import write_data
+from tests.support.server import serve
+from tests.support.small import write_data
+from tests.support.vocabulary import write_tokenizer
 from train.config import RunConfig
-from train.precision import BUCKET_ELEMENTS
+from train.engine.precision import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]

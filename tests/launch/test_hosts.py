@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hosts import ROOT, Hosts, why_not
-from tests.launch.slurm import wait_for
-from tests.launch.training import assert_same, finish, saved_step, small_run, wait_for_step
+from tests.support.hosts import ROOT, Hosts, why_not
+from tests.support.slurm import wait_for
+from tests.support.training import assert_same, finish, saved_step, small_run, wait_for_step
 from train import cli
 from train.config import RunConfig
 

@@ -95,7 +95,7 @@ def test_wrong_use_is_said(command, message):
 
 def test_two_hosts_meet_by_flags_and_by_the_environment(tmp_path):
     """Both on this machine; one has its place from flags, the other from SkyPilot's variables."""
-    counting = f"--engine cpu --processes 1 --module tests.launch.counting {tmp_path} 3"
+    counting = f"--engine cpu --processes 1 --module tests.support.counting {tmp_path} 3"
     port = 20_000 + os.getpid() % 9_000
     first = f"./launch/multinode.sh --nodes 2 --node_rank 0 --address 127.0.0.1 --port {port} {counting}"
     sky = "SKYPILOT_NODE_RANK=1 SKYPILOT_NUM_NODES=2 SKYPILOT_NODE_IPS=$'127.0.0.1\\n127.0.0.1'"

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm import wait_for
+from tests.support.slurm import wait_for
 from train import cli
 
 
 def counting(directory: Path, steps: int) -> tuple[str, ...]:
     """Arguments of train.sbatch that run the stand-in for a training run."""
-    launcher = ("--engine", "cpu", "--processes", "1", "--module", "tests.launch.counting")
+    launcher = ("--engine", "cpu", "--processes", "1", "--module", "tests.support.counting")
     return (*launcher, str(directory), str(steps))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.slurm import wait_for
-from tests.launch.training import assert_same, finish, saved_step, small_run, wait_for_step
-from tests.train import running, wandb_files
-from tests.train.running import curve, metrics, run_dir
+from tests.support import running, wandb_files
+from tests.support.running import curve, metrics, run_dir
+from tests.support.slurm import wait_for
+from tests.support.training import assert_same, finish, saved_step, small_run, wait_for_step
 from train import cli
 from train.config import RunConfig
 

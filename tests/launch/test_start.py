@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from launch.start import POLL_SECONDS
-from tests.launch import slurm
-from train.preemption import EXIT_PREEMPTED
+from tests.support import slurm
+from train.run.signals import EXIT_PREEMPTED
 
 SECONDS = 120
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ CPU = ROOT / "launch/accelerate/cpu.yaml"
 # A worker that stops at a "step boundary" when it was asked to, and says so; no torch, so it starts at once.
 WORKER = """
 import os, pathlib, sys, time
-from train.preemption import StopRequest
+from train.run.signals import StopRequest
 while "{late}" and not pathlib.Path(sys.argv[1], "go").exists():
     time.sleep(0.01)
 request = StopRequest()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.distributed import run_distributed, start_context
+from tests.support.distributed import run_distributed, start_context
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.config import RunConfig

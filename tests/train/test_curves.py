@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests import curves
-from tests.curves import STEPS, Curve
-from tests.exactness import ENGINES, worlds
+from tests.support import curves
+from tests.support.curves import STEPS, Curve
+from tests.support.exactness import ENGINES, worlds
 
 # Other processors and versions round otherwise, and a network with kinks amplifies that over 50 steps.
 GOLDEN_TOLERANCE = 1e-3

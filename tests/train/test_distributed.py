@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed import RankError, run_distributed
+from tests.support.distributed import RankError, run_distributed
 from train import distributed
-from train.precision import BUCKET_ELEMENTS, autocast, deepspeed_config
+from train.engine.precision import BUCKET_ELEMENTS, autocast, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 

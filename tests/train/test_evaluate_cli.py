@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train import running
-from tests.train.small import COLOURS, write_data
+from tests.support import running
+from tests.support.small import COLOURS, write_data
 from train.config import RunConfig
 
 SCRIPT = """

@@ -2,8 +2,17 @@
 
 import pytest
 
-from tests.exactness import BF16_TOLERANCE, ENGINES, LEVELS, LOSSES, SELF_SUPERVISED, TOLERANCE, run_cases, worlds
-from tests.wrong_schemes import SCHEMES
+from tests.support.exactness import (
+    BF16_TOLERANCE,
+    ENGINES,
+    LEVELS,
+    LOSSES,
+    SELF_SUPERVISED,
+    TOLERANCE,
+    run_cases,
+    worlds,
+)
+from tests.support.wrong_schemes import SCHEMES
 
 
 def check(engine: str, world: int, losses: tuple[str, ...], accumulations: tuple[int, ...] = (1, 2, 4)) -> None:

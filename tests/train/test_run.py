@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import run_distributed
-from tests.train import running
-from tests.train.running import BATCH, STEPS, curve, prepare, run, run_dir
-from tests.train.small import write_data
+from tests.support import running
+from tests.support.distributed import run_distributed
+from tests.support.running import BATCH, STEPS, curve, prepare, run, run_dir
+from tests.support.small import write_data
 from train import checkpoint, cli, loop
 from train.__main__ import main
 from train.config import RunConfig
-from train.preemption import EXIT_PREEMPTED, SIGNALS
+from train.run.signals import EXIT_PREEMPTED, SIGNALS
 
 
 @pytest.fixture(scope="module", autouse=True)

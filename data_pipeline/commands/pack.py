@@ -1,0 +1,289 @@
+"""`pack`: an image-text table -> tar shards and manifest; the same bytes for any number of workers and restarts.
+
+Rows are read in order by this process, images are checked (and re-encoded, where asked) by workers, and samples are
+written in order. Whenever a shard is complete, `pack.json` says which row comes next: that is all a restart needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipeline.commands import index as indexing
+from data_pipeline.commands.encoding import EXTENSIONS, Encoding, encode_rows
+from data_pipeline.commands.parallel import cores, interrupts_held, positive, run_parallel
+from data_pipeline.commands.rows import Columns, Row, choose_columns, read_rows
+from data_pipeline.commands.tables import KINDS, Table, open_table
+from data_pipeline.samples.image import MAX_PIXELS, encodable, name_bytes
+from data_pipeline.storage.manifest import FILE_NAME, load_manifest, write_atomically
+from data_pipeline.storage.shards import ShardWriter
+
+PREFIX = "shard"
+STATE = "pack.json"
+SKIPPED = "skipped.jsonl"
+CHUNK = 16
+"""Rows that a worker gets at a time."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a pack is. Saved whenever a shard is complete."""
+
+    options: dict[str, Any]
+    """All that the shards are a function of, by flag."""
+    rows: int = 0
+    """Rows of the table that are packed or skipped for good."""
+    shards: int = 0
+    samples: int = 0
+    skipped: int = 0
+    skipped_bytes: int = 0
+    """Length of skipped.jsonl."""
+    complete: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("input", metavar="INPUT", help=KINDS)
+    add("out", metavar="OUT", type=Path, help="directory for the shards, manifest.json and skipped.jsonl")
+    add("--image-column", default="", metavar="NAME", help="paths relative to the table, or the images' bytes")
+    add(
+        "--caption-column",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME]",
+        help="texts or lists of texts; repeatable",
+    )
+    add("--key-column", default="", metavar="NAME", help="names of the samples (default: the row's number)")
+    add("--class-column", default="", metavar="NAME", help="whole numbers, written as cls")
+    add("--split", default="", metavar="NAME", help="split of a Hugging Face dataset")
+    add(
+        "--resize",
+        type=positive,
+        default=0,
+        metavar="PIXELS",
+        help="reduce larger images to this shorter side, over white",
+    )
+    add(
+        "--format",
+        choices=["keep", *(name.lower() for name in EXTENSIONS)],
+        default="keep",
+        help="re-encode what is JPEG, PNG or WebP but not this, over white",
+    )
+    add("--quality", type=_percent, default=90, help="of re-encoded JPEG and WebP, 1 to 100 (default: 90)")
+    add("--max-pixels", type=positive, default=MAX_PIXELS, help=f"skip larger images (default: {MAX_PIXELS:,})")
+    add("--shard-size", type=positive, default=10_000, metavar="SAMPLES", help="most samples of a shard (10,000)")
+    add("--max-bytes", type=positive, default=10**9, metavar="BYTES", help="most bytes of a shard (1e9)")
+    add("--workers", type=positive, default=cores(), help="processes (default: one per core)")
+
+
+def _percent(text: str) -> int:
+    if positive(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is over 100")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. ValueError: bad input; OSError: the disk is full; KeyboardInterrupt: says what is kept."""
+    table = open_table(args.input, args.split)
+    captions = [name.strip() for names in args.caption_column for name in names.split(",") if name.strip()]
+    columns = choose_columns(table, args.image_column, captions, args.key_column, args.class_column)
+    encoding = Encoding(args.resize, args.format.upper(), args.quality, args.max_pixels)
+    out = args.out.expanduser().absolute()
+    if table.recursive and out.resolve().is_relative_to(table.folder.resolve()):
+        raise ValueError(f"OUT: {out} lies inside INPUT {table.folder}; choose a directory outside of it")
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out):
+        state = _load_state(out, _options(table, columns, encoding, args))
+        try:
+            _save(out, state)
+            if state.shards and not (out / FILE_NAME).exists():
+                print(f"continuing: {_kept(out, state)}", file=sys.stderr)
+            if not state.complete:
+                with contextlib.closing(_shards(table, columns, encoding, out, state, args)) as states:
+                    for reached in states:
+                        with interrupts_held():
+                            _save(out, reached)
+                            state = reached
+            return _finish(out, state, args)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{_kept(out, state)}; the same command continues from there") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"the disk is full: {out} could not be written; {_kept(out, state)}; "
+                "make room and give the same command again: it continues from there"
+            ) from None
+        finally:
+            # A full disk can keep the writer from removing what it had begun; kill -9 always does.
+            for part in out.glob("*.part"):
+                part.unlink(missing_ok=True)
+
+
+def _kept(out: Path, state: State) -> str:
+    return f"{state.shards:,} complete shards with {state.samples:,} samples are kept in {out}"
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Two packs into one directory would overwrite each other's shards."""
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"OUT: another pack is writing to {out}; wait for it or choose another directory"
+            ) from None
+        yield
+    finally:
+        os.close(directory)
+
+
+def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.Namespace) -> dict[str, Any]:
+    """All that the shards are a function of, by flag; the input by a digest of its files' names, sizes and times."""
+    files = hashlib.sha256()
+    for file in table.files:
+        try:
+            stat = file.stat()
+        except OSError:  # a link that leads nowhere
+            stat = file.lstat()
+        files.update(name_bytes(f"{file.relative_to(table.folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
+    return {
+        "INPUT": f"{len(table.files)} files, {files.hexdigest()[:16]}",
+        "--split": args.split,
+        "--image-column": columns.image,
+        "--caption-column": ",".join(columns.captions),
+        "--key-column": columns.key or "",
+        "--class-column": columns.cls or "",
+        "--resize": encoding.resize,
+        "--format": args.format,
+        "--quality": encoding.quality,
+        "--max-pixels": encoding.max_pixels,
+        "--shard-size": args.shard_size,
+        "--max-bytes": args.max_bytes,
+    }
+
+
+def _load_state(out: Path, options: dict[str, Any]) -> State:
+    """The state to continue from. ValueError when OUT holds shards of anything else."""
+    path = out / STATE
+    try:
+        state = State(**json.loads(path.read_text())) if path.exists() else State(options)
+    except (ValueError, TypeError):
+        raise ValueError(f"OUT: {path} is no state of this version's pack; delete {out} to pack anew") from None
+    tars = [tar.name for tar in out.glob("*.tar")]
+    if (not path.exists() and tars) or not all(name.startswith(f"{PREFIX}-") for name in tars):
+        raise ValueError(f"OUT: {out} holds shards that this command did not write; choose another directory")
+    differing = [flag for flag in options if state.options.get(flag) != options[flag]]
+    if differing and state.shards:
+        diff = "; ".join(f"{flag}: {state.options.get(flag)!r} there, {options[flag]!r} here" for flag in differing)
+        raise ValueError(f"OUT: {out} holds shards packed otherwise ({diff}); choose another directory or delete it")
+    if differing:
+        return State(options)
+    names = [f"{PREFIX}-{number:06d}.tar" for number in range(state.shards)]
+    changed = [name for name in names if not (out / name).exists()]
+    if state.skipped and (not (out / SKIPPED).exists() or (out / SKIPPED).stat().st_size < state.skipped_bytes):
+        changed.append(SKIPPED)
+    if changed:
+        raise ValueError(f"OUT: {out / changed[0]} is not as it was left; delete {out} to pack anew")
+    return state
+
+
+def _save(out: Path, state: State) -> None:
+    write_atomically(out / STATE, (json.dumps(asdict(state), indent=1) + "\n").encode())
+
+
+def _shards(
+    table: Table, columns: Columns, encoding: Encoding, out: Path, state: State, args: argparse.Namespace
+) -> Generator[State]:
+    """Pack what `state` says is left; after every complete shard yield the state to continue from."""
+    rows = read_rows(table, columns, state.rows)
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    results = run_parallel(functools.partial(encode_rows, encoding=encoding), chunks, args.workers)
+    writer = ShardWriter(out, PREFIX, max_samples=args.shard_size, max_bytes=args.max_bytes, first=state.shards)
+    rows_done, samples, skipped = state.rows, state.samples, state.skipped
+    with (
+        contextlib.closing(results),
+        (out / SKIPPED).open("ab") as causes,
+        tqdm(total=len(table), initial=state.rows, desc="pack", unit=" rows") as bar,
+        writer,
+    ):
+        causes.truncate(state.skipped_bytes)
+        causes.seek(0, os.SEEK_END)
+
+        def reached(rows: int, complete: bool = False) -> State:
+            causes.flush()
+            shards = state.shards + len(writer.paths)
+            return State(state.options, rows, shards, samples, skipped, causes.tell(), complete)
+
+        for chunk, encoded in results:
+            for row, members in zip(chunk, encoded, strict=True):
+                if isinstance(members, str):
+                    causes.write(_skipped_line(row, members))
+                    skipped += 1
+                else:
+                    begun = len(writer.paths)
+                    writer.write(row.key, members)
+                    if len(writer.paths) > begun:
+                        yield reached(row.start)
+                    samples += 1
+                rows_done = row.stop
+                bar.update(row.stop - row.start)
+            bar.set_postfix(samples=samples, skipped=skipped, refresh=False)
+        writer.finish()
+        yield reached(rows_done, complete=samples > 0)
+
+
+def _skipped_line(row: Row, cause: str) -> bytes:
+    image = str(row.image) if isinstance(row.image, Path) else ""
+    record = {"row": row.start, "key": row.key, "image": image, "cause": encodable(cause)}
+    # A file name that is not UTF-8 is escaped as JSON does it.
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _lists(path: Path, shards: list[str], samples: int) -> bool:
+    """Whether the manifest is of these shards; `index` may have written it when the pack was not done."""
+    try:
+        manifest = load_manifest(path)
+    except ValueError:
+        return False
+    urls = [os.path.normpath(shard) for shard in shards]
+    return [shard.url for shard in manifest.shards] == urls and manifest.nsamples == samples
+
+
+def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
+    """Write the manifest and say what came of it."""
+    listed = ""
+    if state.skipped:
+        with (out / SKIPPED).open(encoding="utf-8") as causes:
+            first = json.loads(causes.readline())
+        listed = f"{out / SKIPPED} (first: row {first['row']}, {first['cause']})"
+    if not (state.complete or state.skipped):
+        raise ValueError(f"INPUT: {args.input} has no rows")
+    if not state.complete:
+        raise ValueError(f"no sample of {args.input} could be packed; all {state.skipped:,} are listed in {listed}")
+    manifest = out / FILE_NAME
+    shards = [str(out / f"{PREFIX}-{number:06d}.tar") for number in range(state.shards)]
+    if _lists(manifest, shards, state.samples):
+        print(f"{out} is packed already")
+    else:
+        indexing.index(shards, manifest, args.workers)
+    print(f"{state.samples:,} samples in {state.shards:,} shards: {manifest}")
+    if state.skipped:
+        print(f"{state.skipped:,} skipped, each with its cause in {listed}")
+    return 0

@@ -1,0 +1,72 @@
+"""`verify`: read every shard of a manifest again and report each one whose bytes are not those that were indexed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import sys
+from typing import IO
+
+from tqdm import tqdm
+
+from data_pipeline.commands.parallel import cores, positive, run_parallel
+from data_pipeline.storage.manifest import Shard, is_remote, load_manifest, open_remote
+
+BLOCK = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", metavar="MANIFEST", help="manifest.json, or the directory that holds it")
+    parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: 0 when all shards are as indexed, else 1. Raises ValueError where there is no manifest."""
+    manifest = load_manifest(args.manifest)
+    differing, checked = [], 0
+    try:
+        with (
+            contextlib.closing(run_parallel(fault, manifest.shards, args.workers)) as results,
+            tqdm(
+                total=sum(shard.filesize for shard in manifest.shards), desc="verify", unit="B", unit_scale=True
+            ) as bar,
+        ):
+            for shard, cause in results:
+                checked += 1
+                bar.update(shard.filesize)
+                if cause:
+                    differing.append(f"{shard.url}: {cause}")
+    except KeyboardInterrupt:
+        report = "; ".join(["differing so far:", *differing]) if differing else "none of them differs"
+        raise KeyboardInterrupt(f"{checked:,} of {len(manifest.shards):,} shards are verified; {report}") from None
+    for line in differing:
+        print(line)
+    if differing:
+        print(f"{len(differing):,} of {len(manifest.shards):,} shards differ from {manifest.path}", file=sys.stderr)
+        return 1
+    print(f"all {len(manifest.shards):,} shards ({manifest.nsamples:,} samples) are as {manifest.path} says")
+    return 0
+
+
+def fault(shard: Shard) -> str:
+    """How the bytes of a shard, local or remote, differ from the manifest's; empty where they do not."""
+    try:
+        with open_remote(shard.url) if is_remote(shard.url) else open(shard.url, "rb") as file:
+            size, digest = measure(file)
+    except FileNotFoundError:
+        return "it is missing"
+    except Exception as error:  # Each remote backend has exceptions of its own.
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    if size != shard.filesize:
+        return f"it has {size:,} bytes, the manifest says {shard.filesize:,}"
+    return "" if digest == shard.sha256 else f"its sha256 is {digest}, the manifest says {shard.sha256}"
+
+
+def measure(file: IO[bytes]) -> tuple[int, str]:
+    """Bytes left in a file, and their sha256 in hexadecimal."""
+    size, digest = 0, hashlib.sha256()
+    while block := file.read(BLOCK):
+        size += len(block)
+        digest.update(block)
+    return size, digest.hexdigest()

@@ -1,0 +1,79 @@
+"""data.mode stream: webdataset's own tar reader over shard urls, for data that cannot be indexed; inexact.
+
+Only bytes are read: nothing is unpickled, and shards are opened by path or through fsspec, never by webdataset's
+opener, which runs a shell for some urls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from webdataset import shuffle
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data_pipeline.samples.image import BadSample
+from data_pipeline.stages.decode import Decode, Share, Slot, bad_record, dealt
+from data_pipeline.storage.manifest import is_remote, open_remote
+
+BUFFER = 1000
+"""Raw samples among which the next one is drawn."""
+MOST_BAD = 10_000
+"""Bad samples in a row after which a stream, which has no end, is given up."""
+
+
+class StreamSource:
+    """First stage: raw samples of this process's shards, epoch after epoch without end."""
+
+    def __init__(self, urls: Sequence[str], seed: str, rank: int, world: int):
+        self.urls, self.seed, self.rank, self.world = list(urls), seed, rank, world
+
+    def __call__(self) -> Iterator[dict]:
+        for epoch in itertools.count():
+            rng = random.Random(f"{self.seed}/{epoch}")
+            urls = rng.sample(self.urls, len(self.urls))
+            samples = _read(dealt(urls[self.rank :: self.world]))
+            found = False
+            for sample in shuffle(BUFFER, initial=BUFFER // 10, rng=rng)(samples):
+                found = True
+                yield sample
+            if not found:
+                raise ValueError(f"--data.train: no samples in {', '.join(self.urls[:3])} and the other shards")
+
+
+def _read(urls: Sequence[str]) -> Iterator[dict]:
+    for url in urls:
+        try:
+            with open_remote(url) if is_remote(url) else open(url, "rb") as file:
+                for sample in group_by_keys(tar_file_expander([{"url": url, "stream": file}])):
+                    yield {**sample, "__shard__": url}
+        except Exception as error:  # damage, and what the remote backends have of their own
+            raise ValueError(f"shard {url} could not be read: {error.args[0] if error.args else error}") from error
+
+
+class StreamDecode:
+    """Decode stage: as many samples as this process's micro-batches take; bad ones are left out and recorded."""
+
+    def __init__(self, decode: Decode, share: Share, seed: str):
+        self.decode, self.share, self.seed = decode, share, seed
+
+    def __call__(self, raws: Iterator[dict]) -> Iterator[dict]:
+        raws = iter(raws)
+        for step, index in self.share.slots():
+            start = index * self.share.micro_batch
+            for row in range(start, start + self.share.micro_batch):
+                slot = Slot(step, index, row, f"{self.seed}/{step}/{row}")
+                yield self._next(raws, slot)
+
+    def _next(self, raws: Iterator[dict], slot: Slot) -> dict:
+        for raw in raws:
+            try:
+                return self.decode(raw, slot)
+            except BadSample as error:
+                slot.bad.append(bad_record(slot, raw, error))
+                if len(slot.bad) == MOST_BAD:
+                    raise ValueError(
+                        f"--data.train: {MOST_BAD:,} bad samples in a row; the last: {error.cause}"
+                    ) from error
+        raise AssertionError("the source has no end")

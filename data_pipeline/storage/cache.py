@@ -1,0 +1,160 @@
+"""Where the bytes of a shard come from: a local path, or a bounded local cache of remote ones."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.config import DataConfig
+from data_pipeline.storage.manifest import Shard, filesystem, is_remote
+
+# What may be deleted: the directory may hold files of others.
+_TAR = re.compile(r"[0-9a-f]{64}\.tar")
+_PART = re.compile(r"[0-9a-f]{64}\.[0-9]+\.part")
+
+
+class Store:
+    """Gives every shard a local path, fetching remote ones (http, https, s3, gs) once per node.
+
+    cache_dir: directory shared by the processes of a node. cache_bytes: bound on the shards in it; the least recently
+    used leave first. One that leaves while a process has it open stays readable to that process.
+    attempts, backoff: tries per fetch, and seconds before the second one, doubled before each further one.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str], cache_bytes: int, *, attempts: int = 5, backoff: float = 1.0):
+        self.cache_dir, self.cache_bytes = Path(cache_dir).expanduser().absolute(), int(cache_bytes)
+        self.attempts, self.backoff = attempts, backoff
+
+    def local(self, shard: Shard) -> str:
+        """Path of a local file with the shard's bytes: size and sha256 of what was fetched are the manifest's.
+
+        Raises ValueError for an address off the allow-list, a shard larger than the cache, and a fetch that failed.
+        """
+        if not is_remote(shard.url):
+            return shard.url
+        if shard.filesize > self.cache_bytes:
+            raise ValueError(
+                f"shard {shard.url} has {shard.filesize} bytes, the cache {self.cache_bytes}: raise --data.cache_gb"
+            )
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        # Named by content: another manifest with the same shard finds it, a changed shard cannot be mistaken for it.
+        path = self.cache_dir / f"{shard.sha256}.tar"
+        part = self.cache_dir / f"{shard.sha256}.{shard.filesize}.part"
+        while not _touch(path, shard.filesize):
+            with _locked(part) as is_ours:
+                if is_ours:
+                    self._fetch(shard, part)
+                    part.replace(path)
+        return str(path)
+
+    def _fetch(self, shard: Shard, part: Path) -> None:
+        """Fetch into `part`, which this process holds locked, and verify; `part` is gone if that fails."""
+        fault = ""
+        try:
+            system, remote = filesystem(shard.url)
+            for attempt in range(self.attempts):
+                if attempt:
+                    time.sleep(self.backoff * 2 ** (attempt - 1))
+                try:
+                    self._make_room()
+                    system.get_file(remote, str(part))
+                    fault = _fault(part, shard)
+                except Exception as error:  # Each backend has exceptions of its own.
+                    fault = f"{type(error).__name__}: {error}"
+                if not fault:
+                    return
+            raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _make_room(self) -> None:
+        """Delete what killed processes left, then the least recently used shards until all that is fetched fits."""
+        with (self.cache_dir / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # The name of a part states its size to be: fetches at the same time count each other in full.
+            excess = sum(_final_size(part) for part in self._files(_PART) if not _is_stale(part))
+            kept = sorted((path.stat().st_atime_ns, path) for path in self._files(_TAR))
+            excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
+            for _, path in kept:
+                if excess <= 0:
+                    break
+                excess -= path.stat().st_size
+                path.unlink()
+                path.with_name(f"{path.name}.idx").unlink(missing_ok=True)
+
+    def _files(self, name: re.Pattern[str]) -> list[Path]:
+        return [path for path in self.cache_dir.iterdir() if name.fullmatch(path.name)]
+
+
+def open_store(config: DataConfig) -> Store:
+    """The store of a run's shards, with the cache where the configuration puts it."""
+    return Store(config.cache_dir or "~/.cache/duet", int(config.cache_gb * 1e9))
+
+
+def _final_size(part: Path) -> int:
+    """Bytes that a part will have, from its name <sha256>.<bytes>.part."""
+    return int(part.suffixes[-2][1:])
+
+
+def _touch(path: Path, filesize: int) -> bool:
+    """Whether the cache holds the whole shard; marks it as just used."""
+    try:
+        stat = path.stat()
+        if stat.st_size != filesize:
+            return False
+        # Finer than the clock that the system itself stamps files with. The index beside the shard holds by its mtime.
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+        return True
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[bool]:
+    """Wait for the lock on `part`; True if it is ours to write, False if another process dealt with it."""
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield _is_at(part, file.fileno())
+
+
+def _is_stale(part: Path) -> bool:
+    """Whether `part` is what a killed process left, as nobody holds the lock on it; then it is deleted."""
+    try:
+        with part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(part, file.fileno()):
+                part.unlink()
+            return True
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _fault(path: Path, shard: Shard) -> str:
+    """What is wrong with the bytes fetched for a shard; empty if nothing is."""
+    size = path.stat().st_size
+    if size != shard.filesize:
+        return f"{size} bytes came, the manifest says {shard.filesize}"
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != shard.sha256:
+        return f"the sha256 of what came is {digest.hexdigest()}, the manifest says {shard.sha256}"
+    return ""

@@ -1,0 +1,164 @@
+"""Tar shards: reading their samples by number, writing them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.storage.manifest import Shard
+from data_pipeline.storage.tar_index import read_index, split_name
+
+
+class ShardReader:
+    """Samples of one local tar by number.
+
+    path: the tar. shard: what its manifest says of it; a different size or number of samples is a ValueError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], shard: Shard | None = None):
+        self.url = shard.url if shard else os.fspath(path)
+        if shard:
+            self._check("bytes", _filesize(path), shard.filesize)
+        self._entries = read_index(path, padded=shard is None)
+        if shard:
+            self._check("samples", len(self._entries), shard.nsamples)
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """Sample `index`: "__key__" and "__shard__" (str), and the bytes of each member under its extension."""
+        key, members = self._entries[index]
+        sample: dict[str, Any] = {"__key__": key, "__shard__": self.url}
+        for extension, (offset, size) in members.items():
+            # pread leaves no file position behind, so forked processes may share the reader.
+            data = os.pread(self._file.fileno(), size, offset)
+            if len(data) != size:
+                raise ValueError(f"shard {self.url}: {key}.{extension} ends early: the tar was changed while in use")
+            sample[extension] = data
+        return sample
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the tar was deleted since: it can be read, and fills the disk, until it is closed."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _check(self, what: str, found: int, stated: int) -> None:
+        if found != stated:
+            raise ValueError(
+                f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; "
+                f"restore it, or make the manifest anew with: python -m data_pipeline index"
+            )
+
+
+def _filesize(path: str | os.PathLike[str]) -> int:
+    try:
+        return Path(path).stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"shard {os.fspath(path)} of the manifest does not exist") from error
+
+
+class ShardWriter:
+    """Write samples to `directory`/`prefix`-000000.tar and on; the same samples make the same bytes.
+
+    A shard has a name ending in .part until it is complete and on the disk. A new one begins before max_samples, or
+    max_bytes of content, would be passed. first: number of the first shard. paths: the complete shards so far.
+    Used in a `with` block; when that is left by an exception, the shard begun last is discarded.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        prefix: str,
+        *,
+        max_samples: int = 10_000,
+        max_bytes: int = 1_000_000_000,
+        first: int = 0,
+    ):
+        self.directory, self.prefix = Path(directory), prefix
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self.paths: list[str] = []
+        self._number = first
+        self._tar: tarfile.TarFile | None = None
+        self._keys: set[str] = set()
+        self._bytes = 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append one sample: extension -> content.
+
+        Raises ValueError for a key that readers would not give back (a dot in its file name), or one written before.
+        """
+        size = sum(len(data) for data in members.values())
+        if self._keys and (len(self._keys) >= self.max_samples or self._bytes + size > self.max_bytes):
+            self.finish()
+        if not members:
+            raise ValueError(f"sample {key!r} has no members")
+        for extension in members:
+            if split_name(f"{key}.{extension}") != (key, extension) or "\0" in key + extension or key.startswith("/"):
+                raise ValueError(f"sample {key!r}: {key}.{extension} would not be read back as that key and extension")
+        if key in self._keys:
+            raise ValueError(f"sample {key!r} stands twice in shard {self._path.name}; keys must be unique")
+        if self._tar is None:
+            self._file = open(self._part, "wb")  # noqa: SIM115 - closed by finish() and discard()
+            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        for extension in sorted(members):
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(members[extension])
+            self._tar.addfile(member, io.BytesIO(members[extension]))
+        self._keys.add(key)
+        self._bytes += size
+
+    def finish(self) -> None:
+        """Complete the shard begun, if there is one: all of it on the disk, then under its name."""
+        if self._tar is None:
+            return
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._part.replace(self._path)
+        except BaseException:
+            self.discard()
+            raise
+        self.paths.append(str(self._path))
+        self._number += 1
+        self._reset()
+
+    def discard(self) -> None:
+        """Drop the shard begun, if there is one."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError):  # A full disk fails again here, writing what was buffered.
+                self._file.close()
+            self._part.unlink(missing_ok=True)
+            self._reset()
+
+    def _reset(self) -> None:
+        self._tar, self._keys, self._bytes = None, set(), 0
+
+    @property
+    def _path(self) -> Path:
+        return self.directory / f"{self.prefix}-{self._number:06d}.tar"
+
+    @property
+    def _part(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.part")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()

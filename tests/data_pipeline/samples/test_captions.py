@@ -1,0 +1,72 @@
+"""Caption policies: what may come out, and how often."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.config import CaptionConfig
+from data_pipeline.samples.text import check_captions, pick_caption
+
+CAPTIONS = ["one", "two", "three"]
+
+
+def drawn(captions: list[str], config: CaptionConfig, number: int = 3000) -> Counter[str]:
+    return Counter(pick_caption(captions, config, random.Random(seed)) for seed in range(number))
+
+
+def test_first_takes_the_first_and_random_takes_all_alike() -> None:
+    assert set(drawn(CAPTIONS, CaptionConfig(sample="first"))) == {"one"}
+    counts = drawn(CAPTIONS, CaptionConfig())
+    assert set(counts) == set(CAPTIONS) and all(900 < count < 1100 for count in counts.values())
+
+
+def test_templates_are_used_as_often_as_told() -> None:
+    config = CaptionConfig(sample="first", templates=["a drawing of {}", "{}, drawn"], template_probability=0.4)
+    counts = drawn(["a {heart}"], config)
+    assert set(counts) == {"a {heart}", "a drawing of a {heart}", "a {heart}, drawn"}
+    assert 1650 < counts["a {heart}"] < 1950
+
+
+def test_keywords_are_shuffled_and_dropped_but_never_all() -> None:
+    shuffled = drawn(["red, blue, green"], CaptionConfig(shuffle_keywords=True))
+    assert len(shuffled) == 6 and min(shuffled.values()) > 400
+    dropped = drawn(["red, blue, green"], CaptionConfig(drop_keywords=0.5))
+    assert set(dropped) == {"red", "blue", "green", "red, blue", "red, green", "blue, green", "red, blue, green"}
+    assert set(drawn(["red, blue"], CaptionConfig(drop_keywords=1.0))) == {"red", "blue"}
+    assert set(drawn(["no keywords here"], CaptionConfig(drop_keywords=1.0, shuffle_keywords=True))) == {
+        "no keywords here"
+    }
+
+
+keywords = st.lists(st.sampled_from(["red", "a heart", "blue", "sky", "two"]), min_size=1, max_size=5, unique=True)
+some_captions = st.lists(keywords.map(", ".join), min_size=1, max_size=4)
+
+
+@given(some_captions, st.integers(0, 1 << 32), st.booleans(), st.floats(0, 1))
+def test_the_same_chance_gives_the_same_words_of_one_caption(
+    captions: list[str], seed: int, shuffle: bool, drop: float
+) -> None:
+    config = CaptionConfig(shuffle_keywords=shuffle, drop_keywords=drop)
+    random.seed(seed + 1)
+    caption = pick_caption(captions, config, random.Random(seed))
+    random.seed(seed + 2)
+    assert caption == pick_caption(captions, config, random.Random(seed)), "global chance plays no part"
+    parts = Counter(part.strip() for part in caption.split(",") if part.strip())
+    assert any(parts <= Counter(part.strip() for part in given_.split(",")) for given_ in captions)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CaptionConfig(templates=["no place"]), r"--data\.caption\.templates: 'no place'"),
+        (CaptionConfig(templates=["{} and {}"]), r"--data\.caption\.templates: '\{\} and \{\}'"),
+        (CaptionConfig(template_probability=1.5), r"--data\.caption\.template_probability is 1\.5"),
+        (CaptionConfig(drop_keywords=-0.1), r"--data\.caption\.drop_keywords is -0\.1"),
+    ],
+)
+def test_unusable_policies_are_refused_by_name(config: CaptionConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_captions(config)

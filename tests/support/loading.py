@@ -1,0 +1,47 @@
+"""What the tests of the loaders share."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline.config import AugmentConfig, CaptionConfig, DataConfig
+from data_pipeline.loader import MicroBatch
+from data_pipeline.storage.manifest import Manifest, load_manifest, write_manifest
+from data_pipeline.storage.shards import ShardWriter
+from tests.data_pipeline.conftest import describe, tiny_image
+
+BATCH, MICRO, LANES, SIZES, SEED = 8, 2, 2, (9, 7, 8, 5), 3
+STEPS = 8  # of which three are an epoch of SIZES
+
+
+def settings(workers: int = 0, **options: object) -> DataConfig:
+    augment = AugmentConfig(policy="strong")
+    caption = CaptionConfig(templates=["a drawing of {}"])
+    return DataConfig(
+        image_size=16, augment=augment, caption=caption, lanes=LANES, shuffle_shards=2, workers=workers, **options
+    )
+
+
+def assert_equal(seen: Sequence[MicroBatch], expected: Sequence[MicroBatch]) -> None:
+    """Bit for bit."""
+    for ours, plain in zip(seen, expected, strict=True):
+        assert (ours.step, ours.index, ours.keys) == (plain.step, plain.index, plain.keys)
+        assert torch.equal(ours.images_BCHW, plain.images_BCHW) and ours.images_BCHW.dtype == torch.uint8
+        assert torch.equal(ours.ids_BL, plain.ids_BL) and torch.equal(ours.mask_BL, plain.mask_BL)
+        assert ours.bad == plain.bad
+
+
+def damaged(directory: Path, bad: Sequence[int], size: int = 8, shards: int = 2) -> Manifest:
+    """Shards in which samples `bad` of each cannot be used, each for another reason."""
+    reasons = itertools.cycle(({"png": b"broken", "txt": b"text"}, {"txt": b"no image"}, {"png": tiny_image(1)}))
+    paths = []
+    for shard in range(shards):
+        with ShardWriter(directory, "train", first=shard) as writer:
+            for index in range(size):
+                whole = {"png": tiny_image(index), "txt": f"picture {index}".encode()}
+                writer.write(f"{shard}-{index}", next(reasons) if index in bad else whole)
+        paths += writer.paths
+    write_manifest(directory, [describe(path) for path in paths], {})
+    return load_manifest(directory)

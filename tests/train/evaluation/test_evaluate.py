@@ -1,0 +1,184 @@
+import copy
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.loader import eval_loader
+from data_pipeline.storage.manifest import load_manifest
+from data_pipeline.tokenizer import Tokenizer
+from tests.support.distributed import run_distributed
+from tests.support.small import small_config, write_data
+from tests.train.evaluation.test_retrieval import reference, without_chance
+from train import distributed
+from train.config import RunConfig
+from train.evaluate import evaluate, stdout_kept, table
+from train.evaluation.encode import Evaluation, Features, encode
+from train.model.pair import PairModel, build_model
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RunConfig:
+    return small_config(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), (5, 6, 2))
+
+
+def parts(config: RunConfig) -> tuple[PairModel, Tokenizer]:
+    return build_model(config, (0.5,) * 3, (0.25,) * 3), Tokenizer(config.model.text.name, config.data.max_tokens)
+
+
+def measured(config: RunConfig, data: Path, autocast=nullcontext) -> Evaluation:
+    model, tokenizer = parts(config)
+    return evaluate(model, config, tokenizer, load_manifest(data), autocast=autocast)
+
+
+def test_evaluation_equals_encoding_one_at_a_time(config, data):
+    model, tokenizer = parts(config)
+    model.eval()
+    images, texts, owners = [], [], []
+    with torch.no_grad():
+        for batch in eval_loader(config.data, load_manifest(data), tokenizer, batch=1):
+            images.append(model.encode_image(batch.images_BCHW))
+            for caption in batch.captions:
+                texts.append(model.encode_text(*tokenizer([caption])))
+                owners.append(len(images) - 1)
+    images_ND, texts_MD = torch.cat(images), torch.cat(texts)
+    found = measured(config, data)
+    assert torch.allclose(found.features.image_ND, images_ND, atol=1e-5)
+    assert torch.allclose(found.features.text_MD, texts_MD, atol=1e-5)
+    assert found.features.image_of_text_M.tolist() == owners
+    assert found.metrics["n_images"] == 13 and found.metrics["n_texts"] == 25 and found.metrics["n_bad"] == 0
+    own = {name: value for name, value in without_chance(found.metrics).items() if name != "n_bad"}
+    assert own == pytest.approx(reference(images_ND.numpy(), texts_MD.numpy(), np.array(owners)))
+
+
+def test_evaluation_leaves_the_model_as_it_was(config, data):
+    model, tokenizer = parts(config)
+    model.train()
+    model.text.eval()  # as a tower that never learns
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {}
+    model.image.register_forward_hook(
+        lambda module, inputs, output: output * kept.setdefault("buffer", torch.ones(1) + 1)
+    )
+    evaluate(model, config, tokenizer, load_manifest(data))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model([model.blank_micro_batch()], [0])["image"].sum().backward()  # what a module keeps can be trained with
+    assert model.image_projection.weight.grad is not None
+
+
+def test_dropout_and_batch_statistics_play_no_part(config, data):
+    model, tokenizer = parts(config)
+    model.train()
+    twice = [encode(model, config, tokenizer, load_manifest(data)) for _ in range(2)]
+    assert torch.equal(twice[0].text_MD, twice[1].text_MD)
+    assert torch.equal(twice[0].image_ND, twice[1].image_ND)
+
+
+def test_an_interrupted_evaluation_leaves_the_model_as_it_was(config, data):
+    model, tokenizer = parts(config)
+
+    def autocast():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, config, tokenizer, load_manifest(data), autocast=autocast)
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_forward_passes_run_in_the_context_that_is_given(config, data):
+    plain = measured(config, data).features
+    rounded = measured(config, data, lambda: torch.autocast("cpu", torch.bfloat16)).features
+    for one, other in ((plain.image_ND, rounded.image_ND), (plain.text_MD, rounded.text_MD)):
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other) and torch.allclose(one, other, atol=0.05)
+
+
+def test_more_captions_than_a_batch_holds(config, data):
+    whole = measured(config, data).features
+    config = copy.deepcopy(config)
+    config.eval.batch = 1  # the samples have up to three captions
+    single = measured(config, data).features
+    assert torch.allclose(whole.text_MD, single.text_MD, atol=1e-5)
+    assert whole.captions == single.captions
+
+
+def _on_a_rank(config: RunConfig, sets: list[Path]) -> list[tuple[dict, Features, int]]:
+    """Metrics, features and forward passes on each data set."""
+    torch.manual_seed(distributed.rank())  # nothing may depend on the rank's random numbers
+    model, tokenizer = parts(config)
+    results, passes = [], []
+    for tower in (model.image, model.text):
+        tower.register_forward_hook(lambda *_: passes.append(1))
+    for data in sets:
+        passes.clear()
+        found = evaluate(model, config, tokenizer, load_manifest(data))
+        results.append((found.metrics, found.features, len(passes)))
+    return results
+
+
+def test_every_world_gets_the_same_result(config, tmp_path):
+    # Uneven shares with a bad sample, and fewer images than ranks: one has nothing to do but must join in.
+    config = copy.deepcopy(config)
+    config.eval.batch = 2  # so that ranks differ in the number of caption batches, too
+    sets = [write_data(tmp_path / "uneven", (5, 4, 2), bad=(4,)), write_data(tmp_path / "few", (2,))]
+    alone, ranks = _on_a_rank(config, sets), run_distributed(_on_a_rank, 3, config, sets)
+    for number, (metrics, features, _) in enumerate(alone):
+        for result in ranks:
+            assert result[number][0] == metrics
+            other = result[number][1]
+            assert (other.keys, other.captions, other.classes) == (features.keys, features.captions, features.classes)
+            assert torch.equal(other.image_of_text_M, features.image_of_text_M)
+            assert torch.allclose(other.image_ND, features.image_ND, atol=1e-5)
+            assert torch.allclose(other.text_MD, features.text_MD, atol=1e-5)
+        passes = {result[number][2] for result in ranks}
+        assert len(passes) == 1, f"ranks differ in forward passes, {passes}: ZeRO-3 would hang"
+
+
+def test_unreadable_samples_are_left_out_and_counted(config, tmp_path):
+    bad = (0, 4, 5, 6, 7, 11)  # 4 to 7 are a whole batch
+    found = measured(config, write_data(tmp_path, (8, 5), bad=bad))
+    assert found.metrics["n_bad"] == len(found.features.bad) == 6
+    assert found.metrics["n_images"] == 7
+    numbers = [int(key.rpartition("/")[2]) for key in found.features.keys]
+    assert numbers == [number for number in range(13) if number not in bad]
+    owners = found.features.image_of_text_M.tolist()
+    for caption, row in zip(found.features.captions, owners, strict=True):
+        assert caption.endswith(f"no. {numbers[row]}")
+
+
+def test_no_readable_sample_is_an_error(config, tmp_path):
+    with pytest.raises(ValueError, match="not one of its 3 samples could be read"):
+        measured(config, write_data(tmp_path, (3,), bad=(0, 1, 2)))
+
+
+def test_diverged_weights_are_an_error(config, data):
+    model, tokenizer = parts(config)
+    nn.init.constant_(model.image_projection.weight, torch.nan)
+    with pytest.raises(ValueError, match="13 of 13 image features are not finite"):
+        evaluate(model, config, tokenizer, load_manifest(data))
+
+
+def test_the_table_shows_both_directions_beside_chance(config, data):
+    metrics = measured(config, data).metrics
+    lines = table(metrics).splitlines()
+    assert lines[1].split() == ["R@1", f"{metrics['t2i_R@1']:.1f}%", "7.7%", f"{metrics['i2t_R@1']:.1f}%", "7.7%"]
+    assert lines[-1].strip() == "13 images, 25 texts"
+    assert table(metrics | {"n_bad": 2.0}).endswith("13 images, 25 texts, 2 unreadable")
+
+
+def test_stdout_has_the_result_alone(capfd):
+    with stdout_kept():
+        os.write(1, b"from a library\n")
+    os.write(1, b"{}\n")
+    assert capfd.readouterr() == ("{}\n", "from a library\n")

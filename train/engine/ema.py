@@ -1,0 +1,78 @@
+"""The exponential moving average of the weights, which is what is evaluated and exported where `optim.ema` is set.
+
+Every rank averages what it holds itself: whole parameters, or its part of them under ZeRO-3. So an update exchanges
+nothing, and only a checkpoint gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from train.engine.base import Engine
+
+
+class WeightAverage:
+    """average <- decay * average + (1 - decay) * weights, after every step; starts at the weights of now.
+
+    Args:
+        decay: in [0, 1); 0 averages nothing, and every method leaves the weights as they are.
+    """
+
+    def __init__(self, engine: Engine, decay: float):
+        self.engine, self.decay = engine, decay
+        self.average = [tensor.clone() for tensor in self._weights()] if decay else []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        if self.decay:
+            torch._foreach_lerp_(self.average, self._weights(), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights; no step may be made there."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights by name, on the CPU, on rank 0; empty elsewhere and without EMA. A collective."""
+        if not self.decay:
+            return {}
+        with self.applied():
+            return self.engine.weights()
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Put saved averages back, whatever engine and world size they were saved from; a collective."""
+        if not self.decay:
+            return
+        before = [tensor.clone() for tensor in self._weights()]
+        self.engine.set_weights(weights)
+        for average, weight in zip(self.average, self._weights(), strict=True):
+            average.copy_(weight)
+        for weight, kept in zip(self._weights(), before, strict=True):
+            weight.copy_(kept)
+
+    def _weights(self) -> list[Tensor]:
+        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        # ZeRO-3 keeps the rank's part in ds_tensor.
+        return [p.ds_tensor.data if hasattr(p, "ds_tensor") else p.data for p in parameters]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if not self.decay:
+            return
+        for parameter in self.engine.module.parameters():
+            if hasattr(parameter, "ds_tensor") and parameter.data.numel() == parameter.ds_numel:
+                parameter.partition()  # small ones are kept whole beside their part: have them gathered anew
+        for average, weight in zip(self.average, self._weights(), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

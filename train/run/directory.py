@@ -1,0 +1,104 @@
+"""The run directory: who may go on in it, and whether its run is finished.
+
+runs/<name>/  config.yaml  metrics.jsonl  ledger.jsonl  results.json  checkpoints/  report/  wandb/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from train import cli, distributed
+from train.config import RunConfig
+from train.run.records import METRICS, RESULTS, read_records, replace
+
+LOCK = ".lock"
+LOCK_SECONDS = 10
+"""How long a run waits for another process to leave its directory."""
+
+
+@contextmanager
+def open_run(config: RunConfig) -> Iterator[Path]:
+    """Make the run's directory, or go on in it where it holds the same experiment; a collective.
+
+    While the block runs, no other process may open it.
+
+    Raises:
+        ValueError: on all ranks, where the directory holds a run with another configuration (with the differences)
+            that has made a step, where another process is training in it, or where it cannot be written.
+    """
+    run_dir = Path(config.runs_dir) / config.name
+    problem = None
+    with ExitStack() as stack:
+        if distributed.is_main():
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                if stack.enter_context(_locked(run_dir)):
+                    problem = _claim(run_dir, config)
+                else:
+                    problem = f"--name {config.name}: another process is training in {run_dir}: stop it or wait for it"
+            except (OSError, ValueError) as error:
+                problem = f"--runs_dir, --name: {run_dir} cannot be used: {error}"
+        if problem := distributed.broadcast_object(problem):
+            raise ValueError(problem)
+        yield run_dir
+
+
+def read_results(run_dir: Path) -> dict | None:
+    """The results of a finished run; None where it is not finished."""
+    path = run_dir / RESULTS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_results(run_dir: Path, results: dict) -> None:
+    """Mark the run as finished; complete or not there."""
+    replace(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def _claim(run_dir: Path, config: RunConfig) -> str | None:
+    """Why this configuration may not go on in the directory; None where it may."""
+    if conflict := another_run(run_dir, config):
+        return f"{conflict}\nChoose another --name, or give the fields their values of before to go on with that run."
+    replace(run_dir / "config.yaml", cli.to_yaml(config))
+    return None
+
+
+def another_run(run_dir: Path, config: RunConfig) -> str:
+    """How the run that has started there differs from this one; empty where there is none, or it is the same."""
+    path = run_dir / "config.yaml"
+    changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
+    lines = "\n  ".join(changed)
+    return f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if changed else ""
+
+
+def has_started(run_dir: Path) -> bool:
+    """Whether a step has been made there: what was refused before its first step has no claim to the name."""
+    finished = (run_dir / RESULTS).is_file()
+    return finished or any(run_dir.glob("checkpoints/step_*")) or bool(read_records(run_dir / METRICS))
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[bool]:
+    """Whether the directory is this process's alone while the block runs.
+
+    A POSIX lock: it ends with the process and is not inherited by its loaders, which may outlive a killed one.
+    """
+    with (run_dir / LOCK).open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # held
+                if time.monotonic() < deadline:  # by a process that is about to end, maybe
+                    time.sleep(0.5)
+                    continue
+                yield False
+            except OSError:  # a file system without locks
+                yield True
+            else:
+                yield True
+            return
