@@ -1,9 +1,10 @@
 """`accelerate launch` that can be interrupted: python -m launch.start [arguments of accelerate launch] -m train ...
 
 Plain `accelerate launch` kills its workers 30 s after a TERM, dies of a USR1 or USR2 and leaves them behind, and ends
-with code 1 whatever its workers ended with. Here TERM, INT, USR1 and USR2 go to the workers alone, which save at a step
-boundary, and the exit code is the first worker's: 0 done, 2 wrong input, 85 preempted (checkpoint saved, start me
-again). A second Ctrl-C kills at once.
+with code 1 whatever its workers ended with. Here TERM, INT, HUP, USR1 and USR2 go to the workers alone, which save at a
+step boundary, and the exit code is the first worker's: 0 done, 2 wrong input, 85 preempted (checkpoint saved, start me
+again). A second Ctrl-C kills at once. Where the launcher itself is killed, as by the kernel when memory runs out, its
+workers are told to save and then ended: no process of a run outlives this one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from train.run.signals import EXIT_PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5
-PR_SET_PDEATHSIG = 1
+ORPHAN_SECONDS = 30
+"""How long workers whose launcher was killed have for their step and a checkpoint."""
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(arguments: list[str]) -> int:
@@ -46,6 +49,10 @@ def main(arguments: list[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, pass_on)
+    if sys.platform == "linux":  # workers whose launcher is gone become children of this process
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     launcher = subprocess.Popen(
@@ -63,7 +70,24 @@ def main(arguments: list[str]) -> int:
         except subprocess.TimeoutExpired:
             if received:
                 _tell_workers(launcher.pid, received[0][0], told)
+    if code < 0:
+        _end_orphans()
     return 128 - code if code < 0 else code
+
+
+def _end_orphans() -> None:
+    """End what a launcher that was killed has left: TERM, on which workers save, and KILL after ORPHAN_SECONDS."""
+    orphans = psutil.Process().children(recursive=True)
+    if not orphans:
+        return
+    print(f"the launcher is gone, {len(orphans)} of its processes are not: ending them", file=sys.stderr, flush=True)
+    for process in orphans:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(orphans, timeout=ORPHAN_SECONDS)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _kill_all(launcher: int) -> None:

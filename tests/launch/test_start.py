@@ -75,7 +75,9 @@ LAUNCHERS = {
     "SIGINT": (WORKER.format(late=""), 2),
     "SIGUSR2": (WORKER.format(late=""), 2),
     "SIGUSR1": (WORKER.format(late="late"), 2),
+    "SIGHUP": (WORKER.format(late=""), 2),
     "killed launcher": (WORKER.format(late=""), 2),
+    "killed agent": (WORKER.format(late=""), 2),
     "second Ctrl-C": (STUCK.format(late=""), 2),
 }
 
@@ -115,7 +117,7 @@ def test_a_killed_worker_is_reported_with_its_signal(launched):
     assert code == 128 + 9, output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_every_worker_gets_the_signal_and_may_finish_its_step(launched, name):
     launcher, directory = launched(name)
     wait_for(lambda: listening(directory))
@@ -155,6 +157,18 @@ def test_nothing_is_left_when_it_is_killed(launched):
     end(launcher)
     _, alive = psutil.wait_procs(children, timeout=SECONDS)
     assert not alive
+
+
+def test_workers_whose_agent_is_killed_save_and_end(launched):
+    """As by the kernel when memory runs out: torchrun's agent is gone, and nobody tells its workers."""
+    launcher, directory = launched("killed agent")
+    wait_for(lambda: listening(directory))
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    psutil.Process(launcher.pid).children()[0].kill()
+    code, output = end(launcher)
+    assert code == 128 + 9, output
+    assert output.count("stopped by SIGTERM") == 2, output
+    assert not psutil.wait_procs(family, timeout=1)[1]
 
 
 def test_a_second_ctrl_c_kills_the_workers_too(launched):

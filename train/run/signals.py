@@ -9,11 +9,11 @@ from types import FrameType
 EXIT_PREEMPTED = 85
 """Exit status of a run that a signal stopped with its state saved: start it again with the same command."""
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class StopRequest:
-    """Catches TERM, INT, USR1 and USR2 from now on; `name` is the signal that came, empty before that.
+    """Catches TERM, INT, HUP, USR1 and USR2 from now on; `name` is the signal that came, empty before that.
 
     Nothing is saved inside the handler, since the step that it interrupts is half done. A second INT ends the process
     at once, for the user who does not want to wait for the step.
@@ -22,7 +22,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.name = ""
         for name in SIGNALS:
-            signal.signal(getattr(signal, name), self._receive)
+            # What is ignored already stays so: nohup has a run outlive its terminal.
+            if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN or name != "SIGHUP":
+                signal.signal(getattr(signal, name), self._receive)
 
     def ignore_further(self) -> None:
         """Before leaving: Python drops handlers while it exits, and a late signal would replace the exit status."""
