@@ -19,17 +19,16 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from train import cli, distributed
 from train.config import RunConfig
-from train.engine.base import Engine
-from train.engine.ema import WeightAverage
 from train.model.pair import PairModel, build_model
 
 FORMAT = 1
@@ -64,19 +63,25 @@ class TrainState:
     """What modality balance has measured, and the multipliers of the learning rates."""
 
 
-def save(run_dir: Path, engine: Engine, average: WeightAverage, state: TrainState, config: RunConfig) -> Path:
+@dataclass
+class Tensors:
+    """What is saved of a model in training, by parameter name, on the CPU; empty on ranks other than 0."""
+
+    model: dict[str, Tensor]
+    """Parameters and buffers, whole."""
+    optimizer: dict[str, Tensor]
+    """AdamW's moments; empty before the first update."""
+    ema: dict[str, Tensor]
+    """Moving average of the weights; empty without `optim.ema`."""
+
+
+def save(run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig) -> Path:
     """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
 
     Raises:
         ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
     """
     target = _root(run_dir) / f"step_{state.step:08d}"
-    state.updates = engine.updates()
-    tensors = {
-        "model.safetensors": engine.weights(),
-        "optimizer.safetensors": engine.moments(),
-        "ema.safetensors": average.state(),
-    }
     problem = None
     if distributed.is_main():
         try:
@@ -137,13 +142,12 @@ def load_state(path: Path) -> TrainState:
 
 def load_weights(path: Path, model: torch.nn.Module, averaged: bool = False) -> None:
     """Put a checkpoint's weights into a model, or their average; before it is prepared, since ZeRO copies them then."""
-    model.load_state_dict(load_file(path / ("ema.safetensors" if averaged else "model.safetensors")))
+    model.load_state_dict(load_part(path, "ema" if averaged else "model"))
 
 
-def load_prepared(path: Path, engine: Engine, average: WeightAverage, state: TrainState) -> None:
-    """Put a checkpoint's moments and averages into a prepared engine; a collective."""
-    engine.load_moments(load_file(path / "optimizer.safetensors"), state.updates)
-    average.load(load_file(path / "ema.safetensors"))
+def load_part(path: Path, part: str) -> dict[str, Tensor]:
+    """Tensors of a verified checkpoint; `part` is a field of `Tensors`."""
+    return load_file(path / f"{part}.safetensors")
 
 
 def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
@@ -181,11 +185,11 @@ def _complete(run_dir: Path) -> list[Path]:
     return sorted((p for p in _root(run_dir).glob("step_????????") if p.is_dir()), reverse=True)
 
 
-def _write(target: Path, tensors: dict[str, dict], state: TrainState, config: RunConfig) -> None:
+def _write(target: Path, tensors: Tensors, state: TrainState, config: RunConfig) -> None:
     temporary = _part(target)
     temporary.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file(content, temporary / name)
+    for part in fields(Tensors):
+        save_file(getattr(tensors, part.name), temporary / f"{part.name}.safetensors")
     content = {"format": FORMAT, "state": asdict(state), "torch": str(torch.__version__)}
     (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     (temporary / "config.yaml").write_text(cli.to_yaml(config))

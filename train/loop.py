@@ -13,7 +13,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
-from train.checkpoint import TrainState
+from train.checkpoint import Tensors, TrainState
 from train.checks import check_ranges
 from train.config import RunConfig
 from train.engine.balance import Balance, check_balance
@@ -91,7 +91,7 @@ def train(run: Run) -> int:
         if run.val is not None and not done and due(state.step, config.eval.every):
             tracker.log(state.step, held_out(run, run.val).metrics, prefix="val/")
         if done or stopping or due(state.step, config.checkpoint.every):
-            checkpoint.save(run.directory, engine, run.average, state, config)
+            checkpoint.save(run.directory, collect(engine, run.average, state), state, config)
         if stopping and not done:
             run.stop.ignore_further()
             tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
@@ -180,7 +180,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     engine = Engine(accelerator, model, config)
     average = WeightAverage(engine, config.optim.ema)
     if found is not None:
-        checkpoint.load_prepared(found, engine, average, state)
+        restore(found, engine, average, state)
 
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     batches = feed.batches(tokenizer, state.step)
@@ -192,6 +192,18 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         tracker.message(f"going on from {found}")
     balance = Balance(config, state.balance)
     return Run(config, directory, engine, average, state, balance, feed.steps, batches, tokenizer, val, tracker, stop)
+
+
+def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
+    """What a checkpoint holds of a prepared engine, whose updates it notes in `state`; a collective."""
+    state.updates = engine.updates()
+    return Tensors(model=engine.weights(), optimizer=engine.moments(), ema=average.state())
+
+
+def restore(found: Path, engine: Engine, average: WeightAverage, state: TrainState) -> None:
+    """Put a checkpoint's moments and averages into a prepared engine, which has its weights; a collective."""
+    engine.load_moments(checkpoint.load_part(found, "optimizer"), state.updates)
+    average.load(checkpoint.load_part(found, "ema"))
 
 
 def check(config: RunConfig) -> None:

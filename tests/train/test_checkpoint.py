@@ -5,37 +5,24 @@ import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from tests.support.distributed import run_distributed, start_context
 from train import checkpoint, distributed
-from train.checkpoint import TrainState
+from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
-class Bare(NamedTuple):
-    """What a checkpoint asks of an engine or an average, with one weight."""
-
-    value: float
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {"w": torch.full((9,), self.value)}
-
-    moments = state = weights
-
-    def updates(self) -> int:
-        return int(self.value)
-
-
 def save(run_dir: Path, step: int, keep: int) -> None:
+    """A checkpoint of one weight."""
     config = RunConfig()
     config.checkpoint.keep = keep
-    checkpoint.save(run_dir, Bare(step), Bare(step), TrainState(step=step), config)
+    weights = {"w": torch.full((9,), float(step))}
+    checkpoint.save(run_dir, Tensors(weights, weights, weights), TrainState(step=step), config)
 
 
 def name(step: int) -> str:

@@ -38,6 +38,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     from train.engine.balance import Balance
     from train.engine.base import Engine
     from train.engine.ema import WeightAverage
+    from train.loop import collect, restore
     from train.model.pair import build_model
     from train.step import training_step
 
@@ -49,7 +50,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     engine = Engine(accelerator, model, config)
     average = WeightAverage(engine, 0.0)
     if found is not None:
-        checkpoint.load_prepared(found, engine, average, state)
+        restore(found, engine, average, state)
     balance, share = Balance(config, state.balance), config.train.resident
     run = Trained([], [], [whole_weights(engine)])
     for _ in range(steps):
@@ -61,7 +62,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
         state.step += 1
         run.multipliers.append(balance.multipliers())
         run.weights.append(whole_weights(engine))
-    checkpoint.save(target, engine, average, state, config)
+    checkpoint.save(target, collect(engine, average, state), state, config)
     return run
 
 

@@ -26,6 +26,7 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     from train.checkpoint import TrainState
     from train.engine.base import Engine
     from train.engine.ema import WeightAverage
+    from train.loop import collect, restore
     from train.model.pair import build_model
     from train.step import training_step
 
@@ -42,7 +43,7 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     engine = Engine(accelerator, model, config)
     average = WeightAverage(engine, DECAY)
     if found is not None:
-        checkpoint.load_prepared(found, engine, average, state)
+        restore(found, engine, average, state)
     share = 8 // distributed.world_size()
     results = []
     for _ in range(count):
@@ -52,7 +53,7 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
         average.update()
         state.step += 1
         results.append((metrics["loss"], metrics["grad_norm"]))
-    checkpoint.save(Path(target), engine, average, state, config)
+    checkpoint.save(Path(target), collect(engine, average, state), state, config)
     return results
 
 
