@@ -22,7 +22,8 @@ from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB
 from train.config import RunConfig
-from train.model.image import ImageTower, TextTower
+from train.model.image import ImageTower
+from train.model.text import TextTower
 from train.run import tracker as tracking
 
 GPU_RATE = 450

@@ -18,8 +18,9 @@ from torchvision.ops import StochasticDepth
 from data_pipeline.batch import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
 from train.config import ModelConfig, RunConfig
-from train.model.image import ImageTower, TextTower
+from train.model.image import ImageTower
 from train.model.norm import convert, not_recording
+from train.model.text import TextTower
 from train.terms import levels as multiscale
 from train.terms import views as self_supervision
 from train.terms.levels import LevelHeads, tapped

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 from train.config import MultiscaleConfig
-from train.model.image import ImageTower, TextTower
+from train.model.image import ImageTower
+from train.model.text import TextTower
 
 STAGES = 3
 """Stages that are aligned where none are named: C3, C4 and C5 of a ResNet."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.samples.masking import UNMASKED
 from train.config import ModelConfig
-from train.model.image import TextTower
+from train.model.text import TextTower
 
 
 class ViewHead(nn.Module):

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from train.config import ImageTowerConfig, TextTowerConfig
-from train.model.image import ImageTower, TextTower
+from train.model.image import ImageTower
+from train.model.text import TextTower
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL = {"vocab_size": 100, "max_position_embeddings": 40, **SIZES}
