@@ -33,7 +33,8 @@ from data_pipeline.stages.decode import (
 )
 from data_pipeline.stages.stream import StreamDecode, StreamSource
 from data_pipeline.stages.workers import Loaded
-from data_pipeline.storage.manifest import Manifest, expand
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
 
 __all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "stream_loader", "train_loader"]

@@ -16,7 +16,8 @@ import torch
 from data_pipeline.samples.image import BadSample, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.cache import open_store
-from data_pipeline.storage.manifest import Manifest, expand, filesystem, is_remote, load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.remote import expand, filesystem, is_remote
 from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
@@ -24,7 +25,7 @@ from launch.memory import GB
 from train.config import RunConfig
 from train.model.image import ImageTower
 from train.model.text import TextTower
-from train.run import tracker as tracking
+from train.run.wandb import why_offline
 
 GPU_RATE = 450
 """Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""
@@ -156,7 +157,7 @@ def wandb(config: RunConfig) -> list[Finding]:
     if asked.returncode:
         return [warn("W&B", "wandb does not run here: runs are logged in metrics.jsonl alone", "pip install wandb")]
     address = json.loads(asked.stdout[asked.stdout.index("{") :])["base_url"]
-    if problem := tracking.why_offline(address, "" if os.environ.get("WANDB_BASE_URL") else address):
+    if problem := why_offline(address, "" if os.environ.get("WANDB_BASE_URL") else address):
         remedy = "runs are kept offline and sent by `wandb sync`; or set WANDB_API_KEY, or `wandb login` once"
         return [warn("W&B", problem, remedy)]
     return [ok("W&B", f"a key, and {address} answers")]

@@ -14,9 +14,7 @@ leave.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.storage.files import sha256_of, sync, write_atomically
 from train import cli, distributed
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
@@ -125,7 +124,7 @@ def verify(path: Path) -> str:
         if not isinstance(hashes, dict) or set(hashes) != set(FILES):
             return "sha256.json does not list its files"
         for name, expected in hashes.items():
-            if _sha256(path / name) != expected:
+            if sha256_of(path / name) != expected:
                 return f"{name} does not have its hash"
     except (OSError, ValueError) as error:
         return str(error)
@@ -193,19 +192,16 @@ def _write(target: Path, tensors: Tensors, state: TrainState, config: RunConfig)
     content = {"format": FORMAT, "state": asdict(state), "torch": str(torch.__version__)}
     (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     (temporary / "config.yaml").write_text(cli.to_yaml(config))
-    hashes = {name: _sha256(temporary / name) for name in FILES}
+    hashes = {name: sha256_of(temporary / name) for name in FILES}
     (temporary / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
     for name in (*FILES, "sha256.json"):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     if target.exists():  # the same step again, after a restart from an older one
         shutil.rmtree(target)
     temporary.rename(target)
-    latest = target.with_name("latest.part")
-    latest.write_text(target.name + "\n")
-    _sync(latest)
-    latest.replace(target.with_name("latest"))
-    _sync(target.parent)
+    write_atomically(target.with_name("latest"), target.name + "\n")
+    sync(target.parent)
 
 
 def _sweep(run_dir: Path) -> None:
@@ -223,20 +219,3 @@ def _prune(target: Path, keep: int) -> None:
     for path in kept[keep:] if keep else []:
         # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
         shutil.rmtree(path.rename(_part(path)))
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or directory's content on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

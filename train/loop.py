@@ -23,7 +23,7 @@ from train.evaluate import Evaluation, evaluate, table
 from train.feed import Feed
 from train.model.pair import build_model
 from train.report.page import write_report
-from train.run import directory as rundir
+from train.run.directory import open_run, read_results, write_results
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
 from train.step import batch_digest, training_step
@@ -56,8 +56,8 @@ def run(config: RunConfig) -> int:
     check(config)
     stop = StopRequest()
     accelerator = distributed.start()
-    with rundir.open_run(config) as directory:
-        if results := rundir.read_results(directory):
+    with open_run(config) as directory:
+        if results := read_results(directory):
             announce(directory, results, "is finished already; choose another --name to train anew")
             return 0
         return train(build(config, accelerator, directory, stop))
@@ -155,7 +155,7 @@ def finish(run: Run) -> int:
     run.tracker.finish(0)
     if distributed.is_main():
         write_report(run.directory, run.config, results, evaluation, run.val)
-        rundir.write_results(run.directory, results)
+        write_results(run.directory, results)
         announce(run.directory, results, "is finished")
     distributed.barrier()
     return 0

@@ -1,14 +1,13 @@
 """`index`: shards -> manifest.json, with the sha256, the number of samples and the statistics of each, in parallel.
 
 What is known of a shard is kept in `<manifest>.partial`, one JSON line each, until the manifest is written: an index
-that was interrupted goes on with the shards that are missing there or have changed since.
+that was interrupted resumes with the shards that are missing there or have changed since.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -21,18 +20,10 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from data_pipeline.commands.parallel import cores, positive, run_parallel
-from data_pipeline.commands.verify import measure
 from data_pipeline.statistics import merge_statistics, shard_statistics
-from data_pipeline.storage.manifest import (
-    FILE_NAME,
-    Manifest,
-    Shard,
-    expand,
-    filesystem,
-    is_remote,
-    load_manifest,
-    write_manifest,
-)
+from data_pipeline.storage.files import measure, take_lock
+from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
+from data_pipeline.storage.remote import expand, filesystem, is_remote
 from data_pipeline.storage.shards import read_index
 
 REMOTE_VERSIONS = ("ETag", "etag", "LastModified", "updated", "mtime")
@@ -85,7 +76,7 @@ def _manifest_path(urls: Sequence[str], out: Path | None) -> Path:
 
 @dataclass
 class Known:
-    """A shard that is indexed: its line begins at byte `offset` of the partial file, and holds while `stamp` does."""
+    """A shard that is indexed: its line begins at byte `offset` of the partial file, and is valid while `stamp` is."""
 
     shard: Shard
     stamp: list[Any]
@@ -101,10 +92,8 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
     partial = path.with_name(f"{path.name}.partial")
     faults: dict[str, str] = {}
     with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out: another index is writing {path}; wait for it") from None
+        if not take_lock(file, 0):
+            raise ValueError(f"--out: another index is writing {path}; wait for it")
         known = _load_partial(file)
         tasks = [(url, known[url].stamp if url in known else None) for url in urls]
         try:
@@ -169,7 +158,7 @@ def _read(file: IO[bytes], offset: int) -> dict[str, Any]:
 
 
 def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, Any] | str | None:
-    """Of (url, stamp of an earlier index): {shard, stamp, statistics}; None if the stamp still holds; or the fault.
+    """Of (url, stamp of an earlier index): {shard, stamp, statistics}; None if that stamp is still right; or the fault.
 
     folder: where a remote shard is put for the moment; the caller's, who can remove it when this process is ended.
     """

@@ -16,7 +16,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.samples.image import BadSample, decode_image, split
 from data_pipeline.samples.text import check_captions, pick_caption
 from data_pipeline.storage.cache import open_store
-from data_pipeline.storage.manifest import Manifest, is_remote, load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.shards import ShardReader
 
 CELL = 192

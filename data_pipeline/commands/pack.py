@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from data_pipeline.commands.parallel import cores, interrupts_held, positive, ru
 from data_pipeline.commands.rows import Columns, Row, choose_columns, read_rows
 from data_pipeline.commands.tables import KINDS, Table, open_table
 from data_pipeline.samples.image import MAX_PIXELS, encodable, name_bytes
-from data_pipeline.storage.manifest import FILE_NAME, load_manifest, write_atomically
+from data_pipeline.storage.files import alone_in, write_atomically
+from data_pipeline.storage.manifest import FILE_NAME, load_manifest
 from data_pipeline.storage.shards import ShardWriter
 
 PREFIX = "shard"
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     if table.recursive and out.resolve().is_relative_to(table.folder.resolve()):
         raise ValueError(f"OUT: {out} lies inside INPUT {table.folder}; choose a directory outside of it")
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    # Two packs into one directory would overwrite each other's shards.
+    with alone_in(out, f"OUT: another pack is writing to {out}; wait for it or choose another directory"):
         state = _load_state(out, _options(table, columns, encoding, args))
         try:
             _save(out, state)
@@ -136,22 +137,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _kept(out: Path, state: State) -> str:
     return f"{state.shards:,} complete shards with {state.samples:,} samples are kept in {out}"
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Two packs into one directory would overwrite each other's shards."""
-    directory = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"OUT: another pack is writing to {out}; wait for it or choose another directory"
-            ) from None
-        yield
-    finally:
-        os.close(directory)
 
 
 def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +170,7 @@ def _load_state(out: Path, options: dict[str, Any]) -> State:
     try:
         state = State(**json.loads(path.read_text())) if path.exists() else State(options)
     except (ValueError, TypeError):
-        raise ValueError(f"OUT: {path} is no state of this version's pack; delete {out} to pack anew") from None
+        raise ValueError(f"OUT: {path} is no state of this version's pack; delete {out} to pack again") from None
     tars = [tar.name for tar in out.glob("*.tar")]
     if (not path.exists() and tars) or not all(name.startswith(f"{PREFIX}-") for name in tars):
         raise ValueError(f"OUT: {out} holds shards that this command did not write; choose another directory")
@@ -200,12 +185,12 @@ def _load_state(out: Path, options: dict[str, Any]) -> State:
     if state.skipped and (not (out / SKIPPED).exists() or (out / SKIPPED).stat().st_size < state.skipped_bytes):
         changed.append(SKIPPED)
     if changed:
-        raise ValueError(f"OUT: {out / changed[0]} is not as it was left; delete {out} to pack anew")
+        raise ValueError(f"OUT: {out / changed[0]} is not as it was left; delete {out} to pack again")
     return state
 
 
 def _save(out: Path, state: State) -> None:
-    write_atomically(out / STATE, (json.dumps(asdict(state), indent=1) + "\n").encode())
+    write_atomically(out / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def _shards(

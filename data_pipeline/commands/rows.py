@@ -78,7 +78,7 @@ def choose_columns(table: Table, image: str, captions: Sequence[str], key: str, 
 def read_rows(table: Table, columns: Columns, start: int = 0) -> Iterator[Row]:
     """The rows of `table` from record `start` on; consecutive records of the same image and key become one row.
 
-    `start` must be 0 or the `stop` of a row read before. A row whose key stood earlier gets that as its cause.
+    `start` must be 0 or the `stop` of a row read before. A row whose key came earlier gets that as its cause.
     """
     seen = set(_keys_before(table, columns, start))
     pending: Row | None = None
@@ -111,7 +111,7 @@ def _checked(row: Row, columns: Columns, seen: set[str]) -> Row:
     cause = row.cause
     if columns.key:
         if row.key in seen:
-            cause = cause or f"the key {row.key!r} stands more than once in column {columns.key!r}"
+            cause = cause or f"the key {row.key!r} is there more than once in column {columns.key!r}"
         seen.add(row.key)
     if not row.captions:
         cause = cause or f"no caption in {', '.join(columns.captions)}"

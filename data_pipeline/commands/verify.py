@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import sys
-from typing import IO
 
 from tqdm import tqdm
 
 from data_pipeline.commands.parallel import cores, positive, run_parallel
-from data_pipeline.storage.manifest import Shard, is_remote, load_manifest, open_remote
-
-BLOCK = 1 << 20
+from data_pipeline.storage.files import measure
+from data_pipeline.storage.manifest import Shard, load_manifest
+from data_pipeline.storage.remote import is_remote, open_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +59,3 @@ def fault(shard: Shard) -> str:
     if size != shard.filesize:
         return f"it has {size:,} bytes, the manifest says {shard.filesize:,}"
     return "" if digest == shard.sha256 else f"its sha256 is {digest}, the manifest says {shard.sha256}"
-
-
-def measure(file: IO[bytes]) -> tuple[int, str]:
-    """Bytes left in a file, and their sha256 in hexadecimal."""
-    size, digest = 0, hashlib.sha256()
-    while block := file.read(BLOCK):
-        size += len(block)
-        digest.update(block)
-    return size, digest.hexdigest()

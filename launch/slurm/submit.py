@@ -17,7 +17,7 @@ from pathlib import Path
 
 from train import checkpoint, cli, loop
 from train.config import RunConfig
-from train.run import directory as rundir
+from train.run.directory import conflict_with, has_started, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/slurm/train.sbatch"
@@ -165,11 +165,11 @@ def describe_run(config: RunConfig) -> str:
         ValueError: it is finished, or holds a run with another configuration.
     """
     directory = Path(config.runs_dir) / config.name
-    if not rundir.has_started(directory):
+    if not has_started(directory):
         return f"new run in {directory}"
-    if conflict := rundir.another_run(directory, config):
+    if conflict := conflict_with(directory, config):
         raise ValueError(conflict)
-    if rundir.read_results(directory):
+    if read_results(directory):
         raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
     found = checkpoint.newest(directory)
     return f"goes on in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"

@@ -8,13 +8,14 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.storage.files import write_atomically
 from data_pipeline.storage.manifest import Manifest
 from train import cli
 from train.config import RunConfig
 from train.evaluation.retrieval import RECALL_AT
 from train.report.gallery import draw_galleries
 from train.report.plots import DIRECTIONS, draw_plots
-from train.run.records import read_history, replace
+from train.run.records import read_history
 
 if TYPE_CHECKING:
     from train.evaluation.encode import Evaluation
@@ -90,7 +91,7 @@ def write_report(
             note = f"No galleries: {error}"
     draw_plots(read_history(Path(run_dir)), metrics, chance_loss, directory)
     facts = config_facts(config) + result_facts(results)
-    replace(directory / "index.html", _page(config, metrics, facts, note, directory))
+    write_atomically(directory / "index.html", _page(config, metrics, facts, note, directory))
     return directory / "index.html"
 
 

@@ -1,4 +1,4 @@
-"""The run directory: who may go on in it, and whether its run is finished.
+"""The run directory: who may resume the run in it, and whether that is finished.
 
 runs/<name>/  config.yaml  metrics.jsonl  ledger.jsonl  results.json  checkpoints/  report/  wandb/
 """
@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import fcntl
 import json
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from data_pipeline.storage.files import take_lock, write_atomically
 from train import cli, distributed
 from train.config import RunConfig
-from train.run.records import METRICS, RESULTS, read_records, replace
+from train.run.records import METRICS, RESULTS, read_records
 
 LOCK = ".lock"
 LOCK_SECONDS = 10
-"""How long a run waits for another process to leave its directory."""
+"""How long a run waits for another process, which may be about to end, to leave its directory."""
 
 
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Path]:
-    """Make the run's directory, or go on in it where it holds the same experiment; a collective.
+    """Make the run's directory, or resume the run in it where that is the same experiment; a collective.
 
     While the block runs, no other process may open it.
 
@@ -56,18 +56,18 @@ def read_results(run_dir: Path) -> dict | None:
 
 def write_results(run_dir: Path, results: dict) -> None:
     """Mark the run as finished; complete or not there."""
-    replace(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_atomically(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
-    """Why this configuration may not go on in the directory; None where it may."""
-    if conflict := another_run(run_dir, config):
-        return f"{conflict}\nChoose another --name, or give the fields their values of before to go on with that run."
-    replace(run_dir / "config.yaml", cli.to_yaml(config))
+    """Why this configuration may not use the directory; None where it may."""
+    if conflict := conflict_with(run_dir, config):
+        return f"{conflict}\nChoose another --name, or set these fields back to resume that run."
+    write_atomically(run_dir / "config.yaml", cli.to_yaml(config))
     return None
 
 
-def another_run(run_dir: Path, config: RunConfig) -> str:
+def conflict_with(run_dir: Path, config: RunConfig) -> str:
     """How the run that has started there differs from this one; empty where there is none, or it is the same."""
     path = run_dir / "config.yaml"
     changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
@@ -83,22 +83,11 @@ def has_started(run_dir: Path) -> bool:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[bool]:
-    """Whether the directory is this process's alone while the block runs.
-
-    A POSIX lock: it ends with the process and is not inherited by its loaders, which may outlive a killed one.
-    """
+    """Whether the directory is this process's alone while the block runs."""
     with (run_dir / LOCK).open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # held
-                if time.monotonic() < deadline:  # by a process that is about to end, maybe
-                    time.sleep(0.5)
-                    continue
-                yield False
-            except OSError:  # a file system without locks
-                yield True
-            else:
-                yield True
-            return
+        try:
+            # POSIX, so that it ends with the process: its loaders, which may outlive a killed one, do not inherit it.
+            is_ours = take_lock(file, LOCK_SECONDS, lock=fcntl.lockf)
+        except OSError:  # a file system without locks
+            is_ours = True
+        yield is_ours

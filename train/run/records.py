@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.storage.files import write_atomically
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
@@ -49,14 +50,4 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         return
     content = "".join(to_line(record) for record in read_records(path) if keep(record))
     if content.encode() != path.read_bytes():
-        replace(path, content)
-
-
-def replace(path: Path, content: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+        write_atomically(path, content)

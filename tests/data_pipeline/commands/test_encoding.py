@@ -36,7 +36,7 @@ def test_a_jpeg_of_several_pictures_is_kept_as_it_is(form):
 
 
 @pytest.mark.parametrize(("resize", "form", "extension"), [(10, "KEEP", "jpg"), (10, "JPEG", "jpg"), (0, "PNG", "png")])
-def test_a_jpeg_of_several_pictures_is_stored_anew_by_its_first(resize, form, extension):
+def test_a_jpeg_of_several_pictures_is_stored_again_by_its_first(resize, form, extension):
     image = decode_image(encoded(several_pictures(), resize=resize, form=form)[extension])
     assert min(image.size) == (resize or 30)
     red, _, blue = image.getpixel((5, 5))

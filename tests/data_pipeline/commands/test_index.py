@@ -1,4 +1,4 @@
-"""index and verify: what the manifest says is so, damage is named, and an interrupted index goes on."""
+"""index and verify: what the manifest says is so, damage is named, and an interrupted index resumes."""
 
 import hashlib
 import http.server

@@ -22,6 +22,7 @@ from data_pipeline.demo import fetch as demo_fetch
 from data_pipeline.demo import openclipart as demo_openclipart
 from data_pipeline.demo import openmoji as demo_openmoji
 from data_pipeline.demo.corpus import Example, build, concepts, place, replacing, split
+from data_pipeline.storage.files import alone_in, sha256_of
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader
 
@@ -238,7 +239,7 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, no_registry, mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match="a package differs from its pinned sha256"):
         demo_fetch.wheels([wheel], tmp_path / "downloads")
-    pinned = wheel._replace(sha256=demo_fetch._sha256(other / wheel.file))
+    pinned = wheel._replace(sha256=sha256_of(other / wheel.file))
     (folder,) = demo_fetch.wheels([pinned], tmp_path / "downloads")
     assert (folder / "tiny_data" / "data.txt").read_text() == "data"
     monkeypatch.delenv("PIP_FIND_LINKS")
@@ -292,10 +293,7 @@ def test_the_real_drawings_of_the_demo(tmp_path):
 
 
 def test_two_demos_do_not_write_into_one_folder(tmp_path):
-    with demo._alone(tmp_path):
-        code = (
-            "import sys; from pathlib import Path; from data_pipeline import demo\n"
-            "with demo._alone(Path(sys.argv[1])): pass"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert "another demo is writing" in done.stderr
+    with alone_in(tmp_path, ""):
+        command = [sys.executable, "-m", "data_pipeline", "demo", str(tmp_path), "--limit", "1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"another demo is writing {tmp_path}" in done.stderr

@@ -230,7 +230,7 @@ def test_what_a_killed_process_left_is_deleted(server, cache):
     assert files(cache) == {f"{other.sha256}.tar"}
 
 
-def test_what_a_killed_process_began_is_fetched_anew(server, cache):
+def test_what_a_killed_process_began_is_fetched_again(server, cache):
     shard = remote_shard(server)
     kill_while_fetching(server, cache, shard)
     fetch(cache, [shard], 10240)

@@ -110,7 +110,7 @@ def test_damage_in_long_names_is_refused_or_leaves_samples_readable(form, tmp_pa
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.jpg", "b.jpg", "a.txt"], "key a stands in it twice"),
+        (["a.jpg", "b.jpg", "a.txt"], "key a is in it twice"),
         (["a.txt", "a.txt"], "key a has two members .txt"),
         (["a.JPG", "a.jpg"], "key a has two members .jpg"),
         (["README"], "holds no samples"),

@@ -14,13 +14,13 @@ from tests.support.running import ROOT
 from train import loop
 from train.checks import RANGES, check_ranges
 from train.config import RunConfig
-from train.run import directory as rundir
+from train.run.directory import open_run
 
 HOLD = """
 import sys
-from train.run import directory as rundir
+from train.run.directory import open_run
 from train.config import RunConfig
-with rundir.open_run(RunConfig(name="run", runs_dir=sys.argv[1])):
+with open_run(RunConfig(name="run", runs_dir=sys.argv[1])):
     print("open", flush=True)
     sys.stdin.read()
 """
@@ -29,15 +29,15 @@ with rundir.open_run(RunConfig(name="run", runs_dir=sys.argv[1])):
 def test_another_configuration_is_refused_once_a_step_has_been_made(tmp_path):
     first = RunConfig(name="run", runs_dir=str(tmp_path))
     other = replace(first, train=replace(first.train, seed=7))
-    with rundir.open_run(first):
+    with open_run(first):
         pass
-    with rundir.open_run(other) as directory:
+    with open_run(other) as directory:
         assert "seed: 7" in (directory / "config.yaml").read_text(), "the first has made no step"
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n')
     refused = pytest.raises(ValueError, match=r"(?s)holds a run with another configuration.*train.seed: 7 -> 0")
-    with refused, rundir.open_run(first):
+    with refused, open_run(first):
         pass
-    with rundir.open_run(other):
+    with open_run(other):
         pass
 
 
@@ -46,11 +46,11 @@ def test_a_directory_is_one_process_s_at_a_time(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "open\n"
-    with pytest.raises(ValueError, match="another process is training in"), rundir.open_run(config):
+    with pytest.raises(ValueError, match="another process is training in"), open_run(config):
         pass
     holder.kill()
     holder.communicate()
-    with rundir.open_run(config):
+    with open_run(config):
         pass
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import wandb
 
+from data_pipeline.storage.redaction import HIDDEN, redact
 from tests.support.wandb_files import history, offline_runs, run_of
 from train.config import RunConfig
-from train.run.tracker import HIDDEN, Tracker, has_key, hide, why_offline
+from train.run.tracker import Tracker
+from train.run.wandb import has_key, why_offline
 
 ROOT = Path(__file__).parents[3]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +27,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from tests.train.test_wandb import track
+from tests.train.run.test_wandb import track
 track(Path(sys.argv[1]), mode=sys.argv[2], total=int(sys.argv[3]), each=eval(sys.argv[4]))
 """
 
@@ -229,7 +231,7 @@ def test_w_and_b_dying_does_not_stop_the_run(tmp_path, capsys):
     track(tmp_path / "run", total=40, each=kill_service)
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == "the end"
-    assert shown.count("training goes on without it") == 1
+    assert shown.count("training continues without it") == 1
     assert logged(tmp_path / "run") == 60
 
 
@@ -238,7 +240,7 @@ def test_a_broken_w_and_b_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb")
     track(tmp_path / "run")
-    assert "W&B did not start, training goes on without it: libfoo is missing" in capsys.readouterr().out
+    assert "W&B did not start, training continues without it: libfoo is missing" in capsys.readouterr().out
     assert logged(tmp_path / "run") == 9
 
 
@@ -279,9 +281,9 @@ def test_no_secret_leaves_the_machine(tmp_path, monkeypatch):
         (None, None),
     ],
 )
-def test_hide(value, hidden, monkeypatch):
+def test_redact(value, hidden, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "my-very-own-key")
-    assert hide(value) == hidden
+    assert redact(value) == hidden
 
 
 def test_where_a_key_is_found(tmp_path, monkeypatch):

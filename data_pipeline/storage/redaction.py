@@ -1,0 +1,32 @@
+"""Keys, passwords and signatures are taken out of whatever is shown, logged or uploaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+SECRET_NAME = re.compile(r"(api_?key|secret|passw|credential|access_?key|auth|_token$|^token$)", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    r"\b(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|(AKIA|ASIA)[A-Z0-9]{16}|wandb_v\d_\w{20,}|[0-9a-f]{40}|eyJ[\w.-]{40,})\b"
+)
+HIDDEN = "***"
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """`value`, a tree of dicts and lists, without anything that looks like a key: by its name, its form, or because a
+    secret environment variable holds it; urls without passwords and queries."""
+    if isinstance(value, dict):
+        return {key: redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if SECRET_NAME.search(name):
+        return HIDDEN
+    for key, secret in os.environ.items():
+        if SECRET_NAME.search(key) and len(secret) >= 8:
+            value = value.replace(secret, HIDDEN)
+    value = re.sub(r"(\w+://)[^/@\s]+@", rf"\g<1>{HIDDEN}@", value)
+    value = re.sub(r"(\w+://[^\s?]+\?)\S+", rf"\g<1>{HIDDEN}", value)
+    return SECRET_VALUE.sub(HIDDEN, value)
