@@ -23,6 +23,7 @@ from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB
 from train.config import RunConfig
+from train.evaluation.suite import Suite
 from train.model.image import ImageTower
 from train.model.text import TextTower
 from train.run.wandb import why_offline
@@ -81,11 +82,13 @@ def data(config: RunConfig) -> list[Finding]:
 
 def held_out(config: RunConfig) -> list[Finding]:
     """The shards for evaluation, which a run reads for the first time when it has trained for long."""
-    if not config.data.val:
-        return [ok("held-out data", "none: retrieval is not measured")]
-    manifest = load_manifest(config.data.val)
-    _read_ends([manifest], config, 0.0)
-    return [ok("held-out data", f"{manifest.nsamples} samples in {len(manifest.shards)} shards")]
+    tasks = Suite(config).tasks
+    if not tasks:
+        return [ok("held-out data", "none: nothing is evaluated")]
+    manifests = {task.manifest.path: task.manifest for task in tasks.values()}
+    _read_ends(list(manifests.values()), config, 0.0)
+    sets = [f"{one.nsamples} samples in {len(one.shards)} shards" for one in manifests.values()]
+    return [ok("held-out data", f"{', '.join(sets)}, for {', '.join(tasks)}")]
 
 
 def _stream(config: RunConfig) -> Finding:

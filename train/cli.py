@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,23 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
     ignore = machine_fields(RunConfig) | {"name"}
     changed = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if key not in ignore]
+
+
+def with_flags(message: str, options: Iterable[str] = ()) -> str:
+    """The message of a library function, which speaks of arguments and fields, in the words of a command line.
+
+    A field such as optim.lr becomes --optim.lr wherever it is. An argument, which is the last part of one field alone
+    (`global_batch`) or is among a command's own `options`, becomes a flag where the message starts with it or has it
+    in backticks; other words are left as they are.
+    """
+    names = list(flatten(RunConfig()))
+    leaves = Counter(name.rpartition(".")[2] for name in names)
+    flags = {name.rpartition(".")[2]: f"--{name}" for name in names if leaves[name.rpartition(".")[2]] == 1}
+    flags |= {option: f"--{option}" for option in options}
+    fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    message = re.sub(rf"`?(?<![\w./-])({fields})(?![\w/]|\.\w)`?", r"--\1", message)
+    message = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), message)
+    return re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), message)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

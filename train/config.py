@@ -204,11 +204,33 @@ class TrainConfig:
 
 
 @dataclass
+class EvalTask:
+    """One evaluation: a held-out set and what is measured on it. Its metrics are named `<name>/...`."""
+
+    name: str = ""
+    """What its metrics are called; different for each."""
+    task: str = "retrieval"
+    """retrieval, zeroshot or probe (train/evaluation)."""
+    data: str = ""
+    """Held-out data: a manifest.json (or its directory); empty: data.val."""
+    every: int = 0
+    """Steps between evaluations; 0: eval.every."""
+    classnames: str = ""
+    """zeroshot: a file with one class name per line, in the order of their numbers."""
+    templates: str = ""
+    """zeroshot: a file with one sentence per line, in which {} is the class name; empty: four sentences."""
+    fit: str = ""
+    """probe: manifest of the data to fit to; empty: four fifths of `data`, by a hash of the key."""
+
+
+@dataclass
 class EvalConfig:
-    """Retrieval on held-out data during training."""
+    """Evaluation on held-out data, in training and at its end."""
 
     every: int = machine(0)
     """Steps between evaluations; 0: only at the end."""
+    tasks: list[EvalTask] = field(default_factory=list, metadata={"machine": True})
+    """Evaluations beside retrieval on data.val, such as [{name: groups, task: zeroshot, classnames: groups.txt}]."""
     batch: int = machine(256)
     """Pairs per forward pass of an evaluation."""
     chunk: int = machine(1024)

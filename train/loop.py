@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
@@ -19,7 +18,10 @@ from train.config import RunConfig
 from train.engine.balance import Balance, check_balance
 from train.engine.base import Engine
 from train.engine.ema import WeightAverage
-from train.evaluate import Evaluation, evaluate, table
+from train.evaluation import find_task
+from train.evaluation.encode import Encoder
+from train.evaluation.suite import HELD_OUT, Suite
+from train.evaluation.task import Evaluation
 from train.feed import Feed
 from train.model.pair import build_model
 from train.report.page import write_report
@@ -41,8 +43,8 @@ class Run:
     balance: Balance
     steps: int
     batches: Iterable[MicroBatch]
-    tokenizer: Tokenizer
-    val: Manifest | None
+    suite: Suite
+    encoder: Encoder
     tracker: Tracker
     stop: StopRequest
 
@@ -88,8 +90,8 @@ def train(run: Run) -> int:
         tracker.log(state.step, metrics | speed)
 
         done = state.step == run.steps
-        if run.val is not None and not done and due(state.step, config.eval.every):
-            tracker.log(state.step, held_out(run, run.val).metrics, prefix="val/")
+        if not done:
+            held_out(run, run.suite.due(state.step))
         if done or stopping or due(state.step, config.checkpoint.every):
             checkpoint.save(run.directory, collect(engine, run.average, state), state, config)
         if stopping and not done:
@@ -141,7 +143,13 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
 def finish(run: Run) -> int:
     """Evaluate the finished model, write the report and mark the run as done."""
     state = run.state
-    evaluation = held_out(run, run.val) if run.val is not None else None
+    found = held_out(run, run.suite.tasks)
+    tasks = {
+        name: {"task": run.suite.tasks[name].given.task, "metrics": evaluation.metrics}
+        for name, evaluation in found.items()
+        if name != HELD_OUT
+    }
+    evaluation = found.get(HELD_OUT)
     results = {
         "steps": state.step,
         "samples_seen": state.samples_seen,
@@ -149,12 +157,12 @@ def finish(run: Run) -> int:
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped,
         "val": evaluation.metrics if evaluation else {},
+        "tasks": tasks,
     }
-    if evaluation is not None:
-        run.tracker.log(state.step, evaluation.metrics, prefix="val/")
     run.tracker.finish(0)
     if distributed.is_main():
-        write_report(run.directory, run.config, results, evaluation, run.val)
+        manifest = run.suite.tasks[HELD_OUT].manifest if evaluation else None
+        write_report(run.directory, run.config, results, evaluation, manifest)
         write_results(run.directory, results)
         announce(run.directory, results, "is finished")
     distributed.barrier()
@@ -163,7 +171,7 @@ def finish(run: Run) -> int:
 
 def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) -> Run:
     """All parts of a run, resumed from its newest undamaged checkpoint where there is one."""
-    feed = Feed(config)
+    feed, suite = Feed(config), Suite(config)
     state = TrainState(data_hash=feed.identity, mean=list(feed.mean), std=list(feed.std))
 
     found = checkpoint.newest(directory)
@@ -184,14 +192,14 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
 
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     batches = feed.batches(tokenizer, state.step)
-    val = load_manifest(config.data.val) if config.data.val else None
+    encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
     tracker.message(f"images are normalized by --data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"going on from {found}")
     balance = Balance(config, state.balance)
-    return Run(config, directory, engine, average, state, balance, feed.steps, batches, tokenizer, val, tracker, stop)
+    return Run(config, directory, engine, average, state, balance, feed.steps, batches, suite, encoder, tracker, stop)
 
 
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
@@ -225,11 +233,17 @@ def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> li
     return [next(batches).to(device, non_blocking=True) for _ in range(share)]
 
 
-def held_out(run: Run, val: Manifest) -> Evaluation:
-    """Retrieval on the held-out data with the weights of now, or their average where `optim.ema` is set."""
-    engine = run.engine
+def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:
+    """These evaluations, logged: of the weights as they are, or of their average where `optim.ema` is set."""
+    names = list(names)
+    if not names:
+        return {}
     with run.average.applied():
-        return evaluate(engine.module, run.config, run.tokenizer, val, autocast=engine.autocast)
+        found = run.suite.measure(run.encoder, names)
+    for name, evaluation in found.items():
+        cost = {"eval_seconds": round(evaluation.seconds, 3)}
+        run.tracker.log(run.state.step, evaluation.metrics | cost, prefix=f"{name}/")
+    return found
 
 
 def due(step: int, every: int) -> bool:
@@ -243,5 +257,8 @@ def announce(directory: Path, results: dict, how: str) -> None:
         return
     print(f"\nThe run in {directory} {how}: {results['steps']} steps, {results['seconds']:.0f} s of training.")
     if results["val"]:
-        print(table(results["val"]))
+        print(find_task("retrieval").table(results["val"]))
+    for name, found in results.get("tasks", {}).items():
+        print(f"{name}:\n{find_task(found['task']).table(found['metrics'])}")
+    if results["val"] or results.get("tasks"):
         print(f"Report: {directory / 'report' / 'index.html'}")

@@ -105,12 +105,12 @@ def test_probe(finished):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no names", "--task zeroshot needs --classnames FILE"),
+        ("no names", "zeroshot needs --classnames: a file"),
         ("few names", "--classnames: sample part-000000.tar/0002 has class '2', not one of the 2 listed"),
         ("no classes", "none of the 4 samples has a class"),
         ("template", "--templates: 'red' must hold exactly one {}"),
-        ("names for retrieval", "is for --task zeroshot, not for retrieval"),
-        ("fit for zeroshot", "is for --task probe, not for zeroshot"),
+        ("names for retrieval", "names.txt is for the task zeroshot, not for retrieval"),
+        ("fit for zeroshot", "is for the task probe, not for zeroshot"),
         ("no fit data", "nowhere"),
         ("workers", "--workers -1: 0"),
         ("no data", "nowhere"),

@@ -5,7 +5,7 @@ Shape suffixes: N images and M texts of the data set, n and m of this process; B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -50,14 +50,6 @@ class Features:
     """Records of samples that could not be read and so are not among the images: shard, key, cause."""
 
 
-@dataclass
-class Evaluation:
-    """Metrics of held-out data, and the features that they were computed from."""
-
-    metrics: dict[str, float]
-    features: Features
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode and no gradients inside; afterwards each module is in the mode it was in."""
@@ -73,78 +65,105 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def encode(
-    model: PairModel,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    manifest: Manifest,
-    *,
-    autocast: Autocast = nullcontext,
-) -> Features:
-    """Encode every sample of `manifest` once: each process its share, the result on every process.
+class Encoder:
+    """A model as it is now, and what is needed to encode held-out data and texts with it.
 
-    All processes make the same number of forward passes, because ZeRO-3 gathers parameters in each of them.
+    All processes use it together, on a module that can be called directly (not the engine's wrapper). The features of
+    a data set are kept until `forget`, so that several tasks can share them.
 
-    Raises:
-        ValueError: not one sample could be read.
+    Args:
+        autocast: makes the context of every forward pass, such as `train.engine.precision.autocast`.
     """
-    device = next(model.parameters()).device
-    size = config.eval.batch
-    loader = eval_loader(config.data, manifest, tokenizer, batch=size, rank=rank(), world=world_size())
-    blank = _blank(config)
-    images: list[Tensor] = []
-    texts: list[Tensor] = []
-    owners: list[int] = []
-    keys: list[str] = []
-    captions: list[str] = []
-    classes: list[str | None] = []
-    bad: list[dict] = []
-    with evaluating(model):
-        for batch in _in_step(loader, blank):
-            shown = batch if batch.keys else blank
-            with autocast():
-                image_BD = model.encode_image(shown.images_BCHW.to(device))
-            text_BD = encode_texts(model, shown.ids_ML.to(device), shown.mask_ML.to(device), size, autocast)
-            images.append(image_BD[: len(batch.keys)].float())
-            texts.append(text_BD[: len(batch.captions)])
-            owners += [len(keys) + row for row in batch.caption_row]
-            keys += batch.keys
-            captions += batch.captions
-            classes += batch.classes
-            bad += batch.bad
-    parts = broadcast_object(gather_objects((owners, keys, captions, classes, bad)))
-    if not any(part[1] for part in parts):
-        raise ValueError(f"{manifest.path}: not one of its {manifest.nsamples} samples could be read")
-    owners, keys, captions, classes, bad = [], [], [], [], []
-    for part in parts:
-        owners += [len(keys) + row for row in part[0]]
-        keys += part[1]
-        captions += part[2]
-        classes += part[3]
-        bad += part[4]
-    return Features(
-        image_ND=_gather_uneven(torch.cat(images), [len(part[1]) for part in parts]),
-        text_MD=_gather_uneven(torch.cat(texts), [len(part[2]) for part in parts]),
-        image_of_text_M=torch.tensor(owners, device=device),
-        keys=keys,
-        captions=captions,
-        classes=classes,
-        bad=bad,
-    )
 
+    def __init__(self, model: PairModel, config: RunConfig, tokenizer: Tokenizer, *, autocast: Autocast = nullcontext):
+        self.model, self.config, self.tokenizer, self.autocast = model, config, tokenizer, autocast
+        self._features: dict[str, Features] = {}
 
-def encode_texts(model: PairModel, ids_ML: Tensor, mask_ML: Tensor, size: int, autocast: Autocast) -> Tensor:
-    """float32 features of M texts, `size` at a time; every process makes as many forward passes as the busiest one."""
-    passes = int(all_reduce_max(torch.tensor([-(-len(ids_ML) // size)], device=ids_ML.device)))
-    features = []
-    for start in range(0, passes * size, size):
-        done = start >= len(ids_ML)
-        rows = slice(0, 1) if done else slice(start, start + size)
-        with autocast():
-            text_BD = model.encode_text(ids_ML[rows], mask_ML[rows])
-        if not done:
-            features.append(text_BD.float())
-    return torch.cat(features)
+    def forget(self) -> None:
+        """Drop the features that are kept: the weights are about to change."""
+        self._features.clear()
+
+    def features(self, manifest: Manifest) -> Features:
+        """Every sample of `manifest`, encoded once: each process does its share, all get the whole result.
+
+        All processes make the same number of forward passes, because ZeRO-3 gathers parameters in each of them.
+
+        Raises:
+            ValueError: not one sample could be read.
+        """
+        if manifest.path not in self._features:
+            self._features[manifest.path] = self._encode(manifest)
+        return self._features[manifest.path]
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [M, D] float32 of M texts; every process encodes all of them."""
+        ids_ML, mask_ML = self.tokenizer(texts)
+        with evaluating(self.model):
+            return self._texts(ids_ML, mask_ML)
+
+    def _encode(self, manifest: Manifest) -> Features:
+        device = self._device()
+        loader = eval_loader(
+            self.config.data, manifest, self.tokenizer, batch=self.config.eval.batch, rank=rank(), world=world_size()
+        )
+        blank = _blank(self.config)
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        owners: list[int] = []
+        keys: list[str] = []
+        captions: list[str] = []
+        classes: list[str | None] = []
+        bad: list[dict] = []
+        with evaluating(self.model):
+            for batch in _in_step(loader, blank):
+                shown = batch if batch.keys else blank
+                with self.autocast():
+                    image_BD = self.model.encode_image(shown.images_BCHW.to(device))
+                text_BD = self._texts(shown.ids_ML, shown.mask_ML)
+                images.append(image_BD[: len(batch.keys)].float())
+                texts.append(text_BD[: len(batch.captions)])
+                owners += [len(keys) + row for row in batch.caption_row]
+                keys += batch.keys
+                captions += batch.captions
+                classes += batch.classes
+                bad += batch.bad
+        parts = broadcast_object(gather_objects((owners, keys, captions, classes, bad)))
+        if not any(part[1] for part in parts):
+            raise ValueError(f"{manifest.path}: not one of its {manifest.nsamples} samples could be read")
+        owners, keys, captions, classes, bad = [], [], [], [], []
+        for part in parts:
+            owners += [len(keys) + row for row in part[0]]
+            keys += part[1]
+            captions += part[2]
+            classes += part[3]
+            bad += part[4]
+        return Features(
+            image_ND=_gather_uneven(torch.cat(images), [len(part[1]) for part in parts]),
+            text_MD=_gather_uneven(torch.cat(texts), [len(part[2]) for part in parts]),
+            image_of_text_M=torch.tensor(owners, device=device),
+            keys=keys,
+            captions=captions,
+            classes=classes,
+            bad=bad,
+        )
+
+    def _texts(self, ids_ML: Tensor, mask_ML: Tensor) -> Tensor:
+        """`eval.batch` texts at a time; every process makes as many forward passes as the one with the most texts."""
+        device, size = self._device(), self.config.eval.batch
+        ids_ML, mask_ML = ids_ML.to(device), mask_ML.to(device)
+        passes = int(all_reduce_max(torch.tensor([-(-len(ids_ML) // size)], device=device)))
+        features = []
+        for start in range(0, passes * size, size):
+            done = start >= len(ids_ML)
+            rows = slice(0, 1) if done else slice(start, start + size)
+            with self.autocast():
+                text_BD = self.model.encode_text(ids_ML[rows], mask_ML[rows])
+            if not done:
+                features.append(text_BD.float())
+        return torch.cat(features)
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def _in_step(batches: Iterable[EvalBatch], blank: EvalBatch) -> Iterator[EvalBatch]:
@@ -160,7 +179,7 @@ def _in_step(batches: Iterable[EvalBatch], blank: EvalBatch) -> Iterator[EvalBat
 
 
 def _blank(config: RunConfig) -> EvalBatch:
-    """One black image and one empty caption that stand for no sample."""
+    """One black image and one empty caption, which count for no sample."""
     side = config.data.image_size
     return EvalBatch(
         images_BCHW=torch.zeros(1, 3, side, side, dtype=torch.uint8),

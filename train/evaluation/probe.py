@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import compress
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,16 +17,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.samples.image import name_bytes
+from data_pipeline.storage.manifest import load_manifest
+from train.config import EvalTask
+from train.evaluation.classes import SCORES, accuracy, labelled
+from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
-from train.evaluation.zeroshot import accuracy
+from train.evaluation.task import Evaluation, Task
 
 L2_WEIGHTS = tuple(10.0**power for power in range(-7, 0))
+
+
+class Probe(Task):
+    """`probe_metrics` of the images that have a class; and those without one counted."""
+
+    options: ClassVar = {"fit": "manifest of the data to fit to; default: four fifths of --data"}
+    scores = SCORES
+
+    def __init__(self, given: EvalTask):
+        super().__init__(given)
+        self.fit_manifest = load_manifest(given.fit) if given.fit else None
+
+    def measure(self, encoder: Encoder) -> Evaluation:
+        features = encoder.features(self.manifest)
+        tested = labelled(features)
+        if self.fit_manifest is not None:
+            fitting = labelled(encoder.features(self.fit_manifest))
+            metrics = probe_metrics(fitting.image_ND, fitting.classes, tested.image_ND, tested.classes)
+        else:
+            tested_N = split_by_key(tested.keys)
+            rows = torch.as_tensor(tested_N, device=tested.image_ND.device)
+            fit_classes, test_classes = (list(compress(tested.classes, chosen)) for chosen in (~tested_N, tested_N))
+            metrics = probe_metrics(tested.image_ND[~rows], fit_classes, tested.image_ND[rows], test_classes)
+        return Evaluation(metrics | tested.counts, features)
 
 
 def probe_metrics(
     fit_ND: Tensor, fit_classes: Sequence[str], test_ND: Tensor, test_classes: Sequence[str]
 ) -> dict[str, float]:
-    """`train.evaluation.zeroshot.accuracy` of a linear classifier fitted to one set of features and tested on another.
+    """`train.evaluation.classes.accuracy` of a linear classifier fitted to one set of features and tested on another.
 
     Also `l2`, the weight that was chosen, and `n_fit`.
 
@@ -39,10 +69,10 @@ def probe_metrics(
         raise ValueError(f"a linear probe needs at least two classes, its fitting data has {len(names)}")
     if unknown := sorted(set(test_classes) - set(names)):
         raise ValueError(
-            f"{len(unknown)} classes are tested but not fitted, such as {unknown[0]!r}: give --fit data that hold them"
+            f"{len(unknown)} classes are tested but not fitted, such as {unknown[0]!r}: give `fit` data that hold them"
         )
     if not test_classes:
-        raise ValueError(f"none of the {len(fit_classes)} samples fell into the tested fifth: give more data, or --fit")
+        raise ValueError(f"none of the {len(fit_classes)} samples fell into the tested fifth: give more data, or `fit`")
     row_of = {name: row for row, name in enumerate(names)}
     fit_N = torch.tensor([row_of[name] for name in fit_classes], device=fit_ND.device)
     test_N = np.array([row_of[name] for name in test_classes])

@@ -1,15 +1,20 @@
-"""Retrieval metrics: how high the right item stands among all others, in both directions.
+"""Retrieval: the position of the right item among all others, in both directions.
 
 Shape suffixes: N images, M texts, Q queries, T items of a tile, D embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from train.distributed import all_reduce_sum, rank, world_size
+from train.evaluation.encode import Encoder
+from train.evaluation.task import Evaluation, Task
 
 RECALL_AT = (1, 5, 10)
 
@@ -17,14 +22,50 @@ RECALL_AT = (1, 5, 10)
 TIE = 1e-6
 
 
+class Retrieval(Task):
+    """`retrieval_metrics` of a data set's images and captions, and `n_bad`, samples that could not be read."""
+
+    scores: ClassVar = {
+        f"{side}_{name}": better
+        for side in ("t2i", "i2t")
+        for name, better in {
+            **dict.fromkeys((f"R@{k}" for k in RECALL_AT), max),
+            "median_rank": min,
+            "mean_rank": min,
+        }.items()
+    }
+
+    def measure(self, encoder: Encoder) -> Evaluation:
+        found = encoder.features(self.manifest)
+        chunk = encoder.config.eval.chunk
+        metrics = retrieval_metrics(found.image_ND, found.text_MD, found.image_of_text_M, chunk)
+        return Evaluation({**metrics, "n_bad": float(len(found.bad))}, found)
+
+    @staticmethod
+    def table(metrics: Mapping[str, float]) -> str:
+        """Both directions, each beside chance."""
+        lines = [f"{'held-out retrieval':20}{'text -> image':>15}{'chance':>9}{'image -> text':>17}{'chance':>9}"]
+        rows = [(f"R@{k}", f"R@{k}", "%") for k in RECALL_AT] + [
+            ("median rank", "median_rank", ""),
+            ("mean rank", "mean_rank", ""),
+        ]
+        for label, name, unit in rows:
+            cells = [metrics[f"{side}_{kind}{name}"] for side in ("t2i", "i2t") for kind in ("", "chance_")]
+            texts = [f"{cell:.1f}{unit}" for cell in cells]
+            lines.append(f"  {label:18}{texts[0]:>15}{texts[1]:>9}{texts[2]:>17}{texts[3]:>9}")
+        bad = f", {metrics['n_bad']:.0f} unreadable" if metrics["n_bad"] else ""
+        lines.append(f"  {metrics['n_images']:.0f} images, {metrics['n_texts']:.0f} texts{bad}")
+        return "\n".join(lines)
+
+
 def retrieval_metrics(
     image_features_ND: Tensor, text_features_MD: Tensor, image_of_text_M: Tensor, chunk: int = 1024
 ) -> dict[str, float]:
-    """Recall, median and mean rank of text -> image (`t2i_`) and image -> text (`i2t_`) retrieval, beside chance.
+    """Recall, median and mean position of text -> image (`t2i_`) and image -> text (`i2t_`) retrieval, beside chance.
 
     A text has one right image; an image has one or more right texts, of which the best placed counts (the protocol of
     the Flickr30K and COCO captioning benchmarks). Ties count against the model, so constant features get the worst
-    rank. All processes pass the same features and return the same dict; each ranks its share of the queries.
+    position. All processes pass the same features and return the same dict; each ranks its share of the queries.
 
     Args:
         image_features_ND: unit vectors.
@@ -52,8 +93,8 @@ def retrieval_metrics(
     best_N = torch.full((n_images,), -torch.inf, dtype=torch.float64, device=right_M.device)
     best_N = best_N.scatter_reduce(0, image_of_text_M, right_M, "amax")
     images_N = torch.arange(n_images, device=image_of_text_M.device)
-    t2i_M = _ranks(text_features_MD, image_of_text_M, right_M, image_features_ND, images_N, chunk)
-    i2t_N = _ranks(image_features_ND, images_N, best_N, text_features_MD, image_of_text_M, chunk)
+    t2i_M = _positions(text_features_MD, image_of_text_M, right_M, image_features_ND, images_N, chunk)
+    i2t_N = _positions(image_features_ND, images_N, best_N, text_features_MD, image_of_text_M, chunk)
     ones_M = np.ones(n_texts, dtype=np.int64)
     return {
         **_summary("t2i_", t2i_M.cpu().numpy(), ones_M, n_images),
@@ -63,11 +104,11 @@ def retrieval_metrics(
     }
 
 
-def _ranks(
+def _positions(
     queries_QD: Tensor, owner_Q: Tensor, right_Q: Tensor, items_ID: Tensor, owner_I: Tensor, chunk: int
 ) -> Tensor:
     """1 + the number of items of another owner that score at least as high as the query's best own item."""
-    ranks_Q = torch.zeros_like(owner_Q)
+    positions_Q = torch.zeros_like(owner_Q)
     first, last = span(len(queries_QD))
     for start in range(first, last, chunk):
         rows = slice(start, min(start + chunk, last))
@@ -78,15 +119,15 @@ def _ranks(
             scores_QT = queries_QD[rows].double() @ items_ID[columns].double().T
             above_QT = scores_QT >= right_Q[rows, None] - TIE
             count_Q += (above_QT & (owner_I[None, columns] != owner_Q[rows, None])).sum(-1)
-        ranks_Q[rows] = count_Q
-    return all_reduce_sum(ranks_Q)
+        positions_Q[rows] = count_Q
+    return all_reduce_sum(positions_Q)
 
 
-def _summary(prefix: str, ranks_Q: np.ndarray, right_Q: np.ndarray, total: int) -> dict[str, float]:
-    """Metrics of `ranks_Q`, and what they are on average when `total` items, `right_Q` of them right, are shuffled."""
-    metrics = {f"{prefix}R@{k}": 100.0 * float(np.mean(ranks_Q <= k)) for k in RECALL_AT}
-    metrics[f"{prefix}median_rank"] = float(np.median(ranks_Q))
-    metrics[f"{prefix}mean_rank"] = float(np.mean(ranks_Q))
+def _summary(prefix: str, positions_Q: np.ndarray, right_Q: np.ndarray, total: int) -> dict[str, float]:
+    """Metrics of `positions_Q`, and their averages when `total` items, `right_Q` of them right, are shuffled."""
+    metrics = {f"{prefix}R@{k}": 100.0 * float(np.mean(positions_Q <= k)) for k in RECALL_AT}
+    metrics[f"{prefix}median_rank"] = float(np.median(positions_Q))
+    metrics[f"{prefix}mean_rank"] = float(np.mean(positions_Q))
     for k in RECALL_AT:
         metrics[f"{prefix}chance_R@{k}"] = 100.0 * chance(k, right_Q, total)
     metrics[f"{prefix}chance_median_rank"] = float(chance_median(right_Q, total))

@@ -18,7 +18,7 @@ from train.report.plots import DIRECTIONS, draw_plots
 from train.run.records import read_history
 
 if TYPE_CHECKING:
-    from train.evaluation.encode import Evaluation
+    from train.evaluation.task import Evaluation
 
 DIRECTORY = "report"
 # Section titles, pictures and what to say under each.

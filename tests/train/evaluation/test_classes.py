@@ -9,17 +9,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.small import small_config
-from train.evaluation.encode import Features
+from train.evaluation.classes import accuracy, class_indices, labelled, read_lines, read_names
+from train.evaluation.encode import Encoder, Features
 from train.evaluation.probe import fit, linear, probe_metrics, split_by_key
-from train.evaluation.zeroshot import (
-    accuracy,
-    class_features,
-    class_indices,
-    labelled,
-    read_lines,
-    read_names,
-    zeroshot_metrics,
-)
+from train.evaluation.zeroshot import class_features, zeroshot_metrics
 from train.model.pair import build_model
 
 
@@ -71,7 +64,8 @@ def test_a_class_is_the_direction_of_its_sentences(tmp_path):
         for parameter in model.text.parameters():
             parameter.mul_(30 if parameter.ndim > 1 else 1)  # fresh weights hardly tell sentences apart
     names, templates = ["red heart", "drawing", "a blue shard of the sea"], ["{}", "a picture of {}, number 7", "{}!"]
-    class_CD = class_features(model, tokenizer, names, templates, size=2)
+    config.eval.batch = 2
+    class_CD = class_features(Encoder(model, config, tokenizer), names, templates)
     model.eval()
     with torch.no_grad():
         for row, name in enumerate(names):
@@ -83,8 +77,8 @@ def test_a_class_is_the_direction_of_its_sentences(tmp_path):
 
 @pytest.mark.parametrize("template", ["a picture", "{} and {}"])
 def test_a_template_has_one_place_for_the_name(template):
-    with pytest.raises(ValueError, match="--templates"):
-        class_features(None, None, ["red"], [template])
+    with pytest.raises(ValueError, match="templates: "):
+        class_features(None, ["red"], [template])
 
 
 def test_classes_are_numbers_or_names():
@@ -93,7 +87,7 @@ def test_classes_are_numbers_or_names():
 
 @pytest.mark.parametrize("content", ["2", "-1", "green"])
 def test_a_class_that_is_not_listed_is_named(content):
-    with pytest.raises(ValueError, match=f"--classnames: sample part-000000.tar/1 has class '{content}'"):
+    with pytest.raises(ValueError, match=f"classnames: sample part-000000.tar/1 has class '{content}'"):
         class_indices([f"part-000000.tar/{row}" for row in range(2)], ["0", content], ["blue", "red"])
 
 
@@ -101,7 +95,7 @@ def test_samples_without_a_class_are_left_out_and_counted():
     some = features(["0", None, "1", None, "0"])
     found = labelled(some)
     assert found.keys == [some.keys[row] for row in (0, 2, 4)] and found.classes == ["0", "1", "0"]
-    assert torch.equal(found.image_ND, some.image_ND[[0, 2, 4]]) and found.n_unlabelled == 2
+    assert torch.equal(found.image_ND, some.image_ND[[0, 2, 4]]) and found.counts == {"n_unlabelled": 2, "n_bad": 0}
     with pytest.raises(ValueError, match="none of the 2 samples has a class"):
         labelled(features([None, None]))
 
@@ -109,12 +103,12 @@ def test_samples_without_a_class_are_left_out_and_counted():
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("red\n\n deep blue \n")
-    assert read_lines("--classnames", path) == ["red", "deep blue"]
+    assert read_lines("classnames", path) == ["red", "deep blue"]
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"--classnames: .*names.txt is empty"):
-        read_lines("--classnames", path)
-    with pytest.raises(ValueError, match=r"--templates: cannot read .*missing.txt"):
-        read_lines("--templates", tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match=r"classnames: .*names.txt is empty"):
+        read_lines("classnames", path)
+    with pytest.raises(ValueError, match=r"templates: cannot read .*missing.txt"):
+        read_lines("templates", tmp_path / "missing.txt")
 
 
 def test_class_names_keep_their_numbers(tmp_path):
@@ -122,10 +116,10 @@ def test_class_names_keep_their_numbers(tmp_path):
     path.write_text("\ufeffred\n deep blue \n\n", encoding="utf-8")
     assert read_names(path) == ["red", "deep blue"]
     path.write_text("red\n\nblue\n")
-    with pytest.raises(ValueError, match=r"--classnames: line 2 of .*names.txt is empty"):
+    with pytest.raises(ValueError, match=r"classnames: line 2 of .*names.txt is empty"):
         read_names(path)
     path.write_text("red\nblue\nred\n")
-    with pytest.raises(ValueError, match=r"--classnames: 'red' stands in lines 1 and 3 of .*names.txt"):
+    with pytest.raises(ValueError, match=r"classnames: 'red' is in lines 1 and 3 of .*names.txt"):
         read_names(path)
 
 
@@ -171,7 +165,7 @@ def test_probe_needs_classes():
     x_ND, classes = clusters(1, 4, 0.1)
     with pytest.raises(ValueError, match="at least two classes"):
         probe_metrics(x_ND, ["one"] * 12, x_ND, classes)
-    with pytest.raises(ValueError, match=r"tested but not fitted, such as 'class 2'.*--fit"):
+    with pytest.raises(ValueError, match=r"tested but not fitted, such as 'class 2'.*`fit`"):
         probe_metrics(x_ND, ["class 0", "class 1"] * 6, x_ND, classes)
     with pytest.raises(ValueError, match="none of the 12 samples fell into the tested fifth"):
         probe_metrics(x_ND, classes, x_ND[:0], [])

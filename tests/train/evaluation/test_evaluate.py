@@ -15,9 +15,12 @@ from tests.support.distributed import run_distributed
 from tests.support.small import small_config, write_data
 from tests.train.evaluation.test_retrieval import reference, without_chance
 from train import distributed
-from train.config import RunConfig
-from train.evaluate import evaluate, stdout_kept, table
-from train.evaluation.encode import Evaluation, Features, encode
+from train.config import EvalTask, RunConfig
+from train.evaluate import stdout_kept
+from train.evaluation import build_task
+from train.evaluation.encode import Encoder, Features
+from train.evaluation.retrieval import Retrieval
+from train.evaluation.task import Evaluation
 from train.model.pair import PairModel, build_model
 
 
@@ -35,9 +38,15 @@ def parts(config: RunConfig) -> tuple[PairModel, Tokenizer]:
     return build_model(config, (0.5,) * 3, (0.25,) * 3), Tokenizer(config.model.text.name, config.data.max_tokens)
 
 
+def retrieval(
+    model: PairModel, config: RunConfig, tokenizer: Tokenizer, data: Path, autocast=nullcontext
+) -> Evaluation:
+    return build_task(EvalTask(data=str(data))).measure(Encoder(model, config, tokenizer, autocast=autocast))
+
+
 def measured(config: RunConfig, data: Path, autocast=nullcontext) -> Evaluation:
     model, tokenizer = parts(config)
-    return evaluate(model, config, tokenizer, load_manifest(data), autocast=autocast)
+    return retrieval(model, config, tokenizer, data, autocast)
 
 
 def test_evaluation_equals_encoding_one_at_a_time(config, data):
@@ -70,7 +79,7 @@ def test_evaluation_leaves_the_model_as_it_was(config, data):
     model.image.register_forward_hook(
         lambda module, inputs, output: output * kept.setdefault("buffer", torch.ones(1) + 1)
     )
-    evaluate(model, config, tokenizer, load_manifest(data))
+    retrieval(model, config, tokenizer, data)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     model([model.blank_micro_batch()], [0])["image"].sum().backward()  # what a module keeps can be trained with
@@ -80,7 +89,7 @@ def test_evaluation_leaves_the_model_as_it_was(config, data):
 def test_dropout_and_batch_statistics_play_no_part(config, data):
     model, tokenizer = parts(config)
     model.train()
-    twice = [encode(model, config, tokenizer, load_manifest(data)) for _ in range(2)]
+    twice = [retrieval(model, config, tokenizer, data).features for _ in range(2)]
     assert torch.equal(twice[0].text_MD, twice[1].text_MD)
     assert torch.equal(twice[0].image_ND, twice[1].image_ND)
 
@@ -92,7 +101,7 @@ def test_an_interrupted_evaluation_leaves_the_model_as_it_was(config, data):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, config, tokenizer, load_manifest(data), autocast=autocast)
+        retrieval(model, config, tokenizer, data, autocast)
     assert model.training and torch.is_grad_enabled()
 
 
@@ -122,7 +131,7 @@ def _on_a_rank(config: RunConfig, sets: list[Path]) -> list[tuple[dict, Features
         tower.register_forward_hook(lambda *_: passes.append(1))
     for data in sets:
         passes.clear()
-        found = evaluate(model, config, tokenizer, load_manifest(data))
+        found = retrieval(model, config, tokenizer, data)
         results.append((found.metrics, found.features, len(passes)))
     return results
 
@@ -166,11 +175,12 @@ def test_diverged_weights_are_an_error(config, data):
     model, tokenizer = parts(config)
     nn.init.constant_(model.image_projection.weight, torch.nan)
     with pytest.raises(ValueError, match="13 of 13 image features are not finite"):
-        evaluate(model, config, tokenizer, load_manifest(data))
+        retrieval(model, config, tokenizer, data)
 
 
 def test_the_table_shows_both_directions_beside_chance(config, data):
     metrics = measured(config, data).metrics
+    table = Retrieval.table
     lines = table(metrics).splitlines()
     assert lines[1].split() == ["R@1", f"{metrics['t2i_R@1']:.1f}%", "7.7%", f"{metrics['i2t_R@1']:.1f}%", "7.7%"]
     assert lines[-1].strip() == "13 images, 25 texts"

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.distributed import run_distributed
-from train.evaluation.retrieval import RECALL_AT, chance, chance_median, retrieval_metrics
+from train.evaluation.retrieval import RECALL_AT, TIE, chance, chance_median, retrieval_metrics
 
 
 def reference(images_ND: np.ndarray, texts_MD: np.ndarray, owner_M: np.ndarray) -> dict[str, float]:
-    """The definition, over the full matrix in float64, one query at a time."""
+    """The definition, over the full matrix in float64, one query at a time; cosines closer than TIE are equal."""
     scores_MN = texts_MD.astype(np.float64) @ images_ND.astype(np.float64).T
     t2i = []
     for text, owner in enumerate(owner_M):
         others = np.delete(scores_MN[text], owner)
-        t2i.append(1 + sum(others >= scores_MN[text, owner]))
+        t2i.append(1 + sum(others >= scores_MN[text, owner] - TIE))
     i2t = []
     for image in range(len(images_ND)):
         best = max(scores_MN[t, image] for t, owner in enumerate(owner_M) if owner == image)
-        i2t.append(1 + sum(scores_MN[t, image] >= best for t, owner in enumerate(owner_M) if owner != image))
+        i2t.append(1 + sum(scores_MN[t, image] >= best - TIE for t, owner in enumerate(owner_M) if owner != image))
     metrics = {"n_images": len(images_ND), "n_texts": len(texts_MD)}
     for side, ranks in (("t2i", t2i), ("i2t", i2t)):
         metrics |= {f"{side}_R@{k}": 100 * sum(rank <= k for rank in ranks) / len(ranks) for k in RECALL_AT}

@@ -18,8 +18,9 @@ from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
 from tests.support.small import picture, write_data
 from train.config import RunConfig
-from train.evaluation.encode import Evaluation, Features
+from train.evaluation.encode import Features
 from train.evaluation.retrieval import retrieval_metrics
+from train.evaluation.task import Evaluation
 from train.report.gallery import RIGHT, RIGHT_PALE, Pictures, draw_galleries, nearest
 from train.report.page import write_report
 from train.report.plots import PlainNumbers, series, smooth
