@@ -27,7 +27,7 @@ def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         own = check()
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        own = [fail(name, text, "the message above names what is wrong")]
+        own = [fail(name, cli.with_flags(text), "the message above names what is wrong")]
     return worst_of_ranks(distributed.broadcast_object(distributed.gather_objects((socket.gethostname(), own))))
 
 
@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         config = cli.parse(run)
         distributed.start()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
         return 2
     findings = [
         *examine("versions", checks.versions),
         *examine("devices", checks.devices),
+        *examine("configuration", lambda: inputs.configuration(config)),
         *examine("memory plan", lambda: checks.memory(config)),
         *examine("collectives", checks.collectives),
         *examine("clock skew", checks.clocks),

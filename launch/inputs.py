@@ -1,4 +1,4 @@
-"""The doctor's checks of what a run takes from elsewhere: pretrained weights, shards, Weights & Biases."""
+"""The doctor's checks of a run: its configuration, pretrained weights, shards, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB
+from train import distributed
+from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
 from train.model.image import ImageTower
@@ -32,6 +34,14 @@ GPU_RATE = 450
 """Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""
 DECODE_SECONDS = 2.0
 """How long samples are decoded to measure the rate."""
+
+
+def configuration(config: RunConfig) -> list[Finding]:
+    """Whether the run would be refused, under a launcher for its number of processes; raises what the run would say."""
+    if config == RunConfig():
+        return [warn("configuration", "no run is described", "give the run's config to check it")]
+    check(config, distributed.world_size() if "RANK" in os.environ else None)
+    return [ok("configuration", f"{config.name}: its fields fit each other")]
 
 
 def weights(config: RunConfig) -> list[Finding]:
@@ -93,9 +103,8 @@ def held_out(config: RunConfig) -> list[Finding]:
 
 def _stream(config: RunConfig) -> Finding:
     """Shards without a manifest: whether the first and the last one are there."""
-    if not isinstance(config.data.train, str):
-        return fail("data", "stream mode reads one pattern of shards, not a list of sources", "--data.mode indexed")
-    urls = expand([config.data.train])
+    check_data(config)
+    urls = expand([str(config.data.train)])
     for url in dict.fromkeys((urls[0], urls[-1])):
         if is_remote(url):
             system, path = filesystem(url)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.checks import check_batch
 from train.config import RunConfig
 from train.engine.precision import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
@@ -57,17 +58,13 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
     """Measures the run's own model, with fresh weights, on the CPU.
 
     Raises:
-        ValueError: the model cannot be built, or the batch cannot be dealt to `world` ranks.
+        ValueError: the model cannot be built, or the batch cannot be shared among `world` ranks.
     """
     model = build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
     small, large = (_kept(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
+    check_batch(config.train.global_batch, config.train.micro_batch, world)
     share = config.train.global_batch // (config.train.micro_batch * world)
-    if share * config.train.micro_batch * world != config.train.global_batch:
-        raise ValueError(
-            f"--train.global_batch {config.train.global_batch} is not a multiple of --train.micro_batch "
-            f"{config.train.micro_batch} x {world} processes"
-        )
     resident = min(max(1, config.train.resident), share)
     activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -21,9 +21,9 @@ ROWS = (
     ("data_pipeline.stages", "data_pipeline.statistics", "train.loss", "train.run"),
     ("data_pipeline.loader", "data_pipeline.commands", "train.terms"),
     ("data_pipeline.demo", "train.model"),
-    ("train.engine", "train.checkpoint", "train.feed", "train.checks"),
+    ("train.engine", "train.checkpoint", "train.feed"),
     ("train.step", "train.evaluation"),
-    ("train.report", "train.evaluate"),
+    ("train.report", "train.evaluate", "train.checks"),
     ("train.loop", "train.examples"),
     ("data_pipeline.__main__", "train.__main__"),
 )

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("DUET_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from torch import distributed as dist

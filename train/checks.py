@@ -1,12 +1,20 @@
-"""What numbers of a configuration have to be, where the type alone allows one that would spoil the run in silence."""
+"""Every check of a configuration that needs neither data nor model: what a run, the doctor and `submit` refuse.
+
+`RANGES` are numbers whose type allows one that would spoil the run in silence; the rest are fields that do not fit
+each other, or the number of processes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+from data_pipeline.samples.text import check_captions
+from data_pipeline.samples.transforms import eval_transform, train_transform
 from train.cli import flatten
 from train.config import RunConfig
+from train.evaluation.suite import check_tasks
+from train.terms import levels, views
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -33,6 +41,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "data.cache_gb": (_at_least(0), "0 or more"),
     "data.max_bad_fraction": (_0_to_1, "a share from 0 to 1"),
     "data.max_pixels": (_at_least(1), "at least 1"),
+    "balance.every": (_at_least(1), "the steps between measurements, at least 1"),
+    "balance.smoothing": (_share, "a decay of at least 0 and below 1, such as 0.8"),
+    "balance.strength": (lambda value: 0 < abs(value) <= 1, "a number between -1 and 1 that is not 0"),
+    "balance.max": (_above(1), "more than 1, such as 4: multipliers are within [1/max, max]"),
     "checkpoint.every": (_at_least(0), "steps, 0 saves at the end alone"),
     "checkpoint.keep": (_at_least(0), "how many stay, 0 keeps all"),
     "eval.every": (_at_least(0), "steps, 0 is off"),
@@ -70,12 +82,63 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 """Field -> whether a value will do, and what to give instead."""
 
 
+def check(config: RunConfig, processes: int | None = None) -> None:
+    """Raises ValueError for the first mistake in a configuration, with the field, its value and a remedy.
+
+    processes: how many the run has; None where that is not known yet.
+    """
+    check_ranges(config)
+    check_data(config)
+    check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
+    levels.check(config.model.multiscale, config.model.embed_dim)
+    views.check(config.model)
+    check_tasks(config)
+    if processes is not None:
+        check_resident(config, processes)
+
+
 def check_ranges(config: RunConfig) -> None:
     """Raises ValueError for the first number that is out of its range or not finite, with what it has to be."""
     values = flatten(config)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name} {value}: give {RANGES[name][1] if name in RANGES else 'a finite number'}")
+            raise ValueError(f"{name} {value}: give {RANGES[name][1] if name in RANGES else 'a finite number'}")
     for name, (will_do, wanted) in RANGES.items():
         if values[name] is not None and not will_do(values[name]):
-            raise ValueError(f"--{name} {values[name]}: give {wanted}")
+            raise ValueError(f"{name} {values[name]}: give {wanted}")
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises ValueError where fields of `data` cannot be used, whatever the data are."""
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
+    if data.mode == "stream" and not isinstance(data.train, str):
+        raise ValueError("data.train: stream mode reads one pattern of shards, not a list of sources")
+    if data.mode == "stream" and not config.train.steps:
+        raise ValueError("train.steps 0: stream mode has no manifest that counts an epoch, so give train.steps")
+    train_transform(data)
+    eval_transform(data)
+    check_captions(data.caption)
+
+
+def check_batch(global_batch: int, micro_batch: int, processes: int) -> None:
+    """Raises ValueError where a global batch cannot be shared among processes in whole micro-batches."""
+    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * processes):
+        unit = max(micro_batch, 1) * processes
+        among = f"{processes} processes x micro_batch {micro_batch}" if processes > 1 else f"micro_batch {micro_batch}"
+        raise ValueError(
+            f"global_batch {global_batch} is not divisible by {among}: give a multiple of {unit}, such as "
+            f"{max(1, global_batch // unit) * unit}"
+        )
+
+
+def check_resident(config: RunConfig, processes: int) -> None:
+    """Raises ValueError where a synchronized norm would not see all images of a process's share in one forward."""
+    share = config.train.global_batch // (config.train.micro_batch * processes)
+    if config.model.image.norm == "sync_batch" and share > config.train.resident:
+        raise ValueError(
+            f"train.resident {config.train.resident}: with model.image.norm sync_batch all {share} micro-batches of a "
+            f"process go through the image tower together; set train.resident {share}, or take model.image.norm batch, "
+            "whose statistics are those of a micro-batch"
+        )

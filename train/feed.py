@@ -28,10 +28,7 @@ class Feed:
         self.config = config
         data, batch = config.data, config.train.global_batch
         if data.mode == "stream":
-            if not config.train.steps:
-                raise ValueError(
-                    "--train.steps 0: stream mode has no manifest that counts an epoch, so give --train.steps"
-                )
+            assert config.train.steps, "train.checks refuses a stream without a number of steps"
             self.steps, self.identity = config.train.steps, f"stream {data.train}"
             self.mean, self.std = normalization(data.normalize)
             return

@@ -13,9 +13,9 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
-from train.checks import check_ranges
+from train.checks import check
 from train.config import RunConfig
-from train.engine.balance import Balance, check_balance
+from train.engine.balance import Balance
 from train.engine.base import Engine
 from train.engine.ema import WeightAverage
 from train.evaluation import find_task
@@ -62,6 +62,7 @@ def run(config: RunConfig) -> int:
         if results := read_results(directory):
             announce(directory, results, "is finished already; choose another --name to train anew")
             return 0
+        check(config, distributed.world_size())
         return train(build(config, accelerator, directory, stop))
 
 
@@ -212,20 +213,6 @@ def restore(found: Path, engine: Engine, average: WeightAverage, state: TrainSta
     """Put a checkpoint's moments and averages into a prepared engine, which has its weights; a collective."""
     engine.load_moments(checkpoint.load_part(found, "optimizer"), state.updates)
     average.load(checkpoint.load_part(found, "ema"))
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a batch that cannot be dealt and numbers out of their range; before anything is started."""
-    batch, micro = config.train.global_batch, config.train.micro_batch
-    if micro < 1 or batch < 1 or batch % micro:
-        raise ValueError(
-            f"--train.global_batch {batch} is not divisible by --train.micro_batch {micro}: "
-            f"try --train.global_batch {max(1, batch // max(micro, 1)) * max(micro, 1)}"
-        )
-    if not config.data.train:
-        raise ValueError("--data.train is empty: give the manifest.json that `python -m data_pipeline index` wrote")
-    check_balance(config.balance)
-    check_ranges(config)
 
 
 def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:

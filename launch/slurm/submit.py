@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import checkpoint, cli, loop
+from train import checkpoint, checks, cli
 from train.config import RunConfig
 from train.run.directory import conflict_with, has_started, read_results
 
@@ -130,7 +130,7 @@ def check_cluster(options: argparse.Namespace) -> None:
 
 def check_run(options: argparse.Namespace, config: RunConfig) -> None:
     """Raises ValueError where the run would refuse to start with this engine, container or number of processes."""
-    loop.check(config)
+    checks.check(config)
     engines = sorted(path.stem for path in Path("launch/accelerate").glob("*.yaml"))
     if options.engine and options.engine not in engines and not Path(options.engine).is_file():
         known = " ".join(engines)
@@ -144,12 +144,10 @@ def check_run(options: argparse.Namespace, config: RunConfig) -> None:
         raise ValueError(f"--engine {options.engine}: say how many --processes each node trains with on its cores")
     least, most = node_range(options.nodes)
     for nodes in range(least, most + 1) if processes else ():
-        unit = config.train.micro_batch * nodes * processes
-        if config.train.global_batch % unit:
-            raise ValueError(
-                f"--train.global_batch {config.train.global_batch} is not divisible by {nodes} nodes x {processes} "
-                f"processes x --train.micro_batch {config.train.micro_batch}: give a multiple of {unit}"
-            )
+        try:
+            checks.check(config, nodes * processes)
+        except ValueError as error:
+            raise ValueError(f"on {nodes} nodes x {processes} processes: {error}") from error
 
 
 def gpus(text: str) -> int:
@@ -254,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(_ask(command, environment).strip())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
         return 2
     return 0
 

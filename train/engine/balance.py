@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from train.config import BalanceConfig, RunConfig
+from train.config import RunConfig
 from train.engine.meter import TOWERS
 
 
@@ -78,18 +78,6 @@ class Balance:
         if self.config.kind == "gradient":
             return gradient / weight if weight else 0.0
         return update if self.config.kind == "update" else gradient * update * weight
-
-
-def check_balance(config: BalanceConfig) -> None:
-    """Raises ValueError where a field is out of its range."""
-    if config.every < 1:
-        raise ValueError(f"--balance.every {config.every}: give the steps between measurements, at least 1")
-    if not 0 <= config.smoothing < 1:
-        raise ValueError(f"--balance.smoothing {config.smoothing}: give a decay of at least 0 and below 1, such as 0.8")
-    if not (0 < abs(config.strength) <= 1):
-        raise ValueError(f"--balance.strength {config.strength}: give a number between -1 and 1 that is not 0")
-    if not 1 < config.max < math.inf:
-        raise ValueError(f"--balance.max {config.max}: multipliers lie in [1/max, max]; give more than 1, such as 4")
 
 
 def _within(multiplier: float, largest: float) -> float:

@@ -40,7 +40,6 @@ class Engine:
         self.zero_stage = plugin.zero_stage if plugin is not None else None
         if self.zero_stage == 0:
             raise ValueError("zero_stage 0 is DDP through DeepSpeed: take launch/accelerate/ddp.yaml, or stage 1 to 3")
-        _check_resident(config)
         optimizer = optim.build_optimizer(model, config)
         if self.zero_stage:
             precision.deepspeed_config(accelerator, config.train.micro_batch, config.optim.clip_grad)
@@ -283,14 +282,3 @@ class Engine:
 
             return safe_get_full_optimizer_state(parameter, key)
         return self._inner().state[parameter][key]
-
-
-def _check_resident(config: RunConfig) -> None:
-    """A synchronized norm sees the images of one forward: the whole share of a step has to be in it."""
-    share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
-    if config.model.image.norm == "sync_batch" and share > config.train.resident:
-        raise ValueError(
-            f"--train.resident {config.train.resident}: with --model.image.norm sync_batch all {share} micro-batches "
-            f"of a process go through the image tower together; set --train.resident {share}, or take "
-            "--model.image.norm batch, whose statistics are those of a micro-batch"
-        )

@@ -1,18 +1,14 @@
 """Who may use a run directory: the same experiment, one process at a time."""
 
-import math
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from operator import attrgetter
 
 import pytest
 
 from tests.support import running
 from tests.support.running import ROOT
-from train import loop
-from train.checks import RANGES, check_ranges
 from train.config import RunConfig
 from train.run.directory import open_run
 
@@ -64,45 +60,3 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_checkpoint(tmp_path):
     said = (tmp_path / "log").read_text()
     assert "step_00000001 could not be written" in said and "Traceback" not in said
     assert not list((running.run_dir(config) / "checkpoints").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "value"),
-    [
-        ("checkpoint", "keep", -1),
-        ("optim", "clip_grad", -1.0),
-        ("optim", "ema", 1.0),
-        ("loss", "tile", 0),
-        ("loss", "label_smoothing", 1.5),
-        ("model", "temperature", 0.0),
-        ("model", "max_logit_scale", 0.5),
-        ("train", "steps", -1),
-        ("train", "resident", 0),
-        ("eval", "batch", 0),
-        ("model.image", "lr", -1e-4),
-        ("model.text", "layer_decay", 0.0),
-        ("model.image", "locked_until", -2),
-        ("model.self_supervision", "mask", 0.0),
-        ("model.multiscale", "weight", math.inf),
-        ("optim", "beta2", 1.0),
-        ("optim", "eps", 0.0),
-        ("optim", "lr", math.inf),
-        ("optim", "min_lr", -1.0),
-        ("train", "seed", 2**63),
-        ("train", "max_skipped", -1),
-        ("data", "max_bad_fraction", -0.1),
-        ("data", "cache_gb", math.inf),
-    ],
-)
-def test_numbers_out_of_their_range_are_refused_before_anything_starts(section, name, value):
-    config = RunConfig()
-    config.data.train = "shards"
-    loop.check(config)
-    setattr(attrgetter(section)(config), name, value)
-    with pytest.raises(ValueError, match=f"--{section}.{name} {value}: give "):
-        loop.check(config)
-
-
-def test_every_range_is_one_of_a_field_and_holds_for_the_default():
-    check_ranges(RunConfig())
-    assert all(wanted for _, wanted in RANGES.values())
