@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -40,7 +41,9 @@ def configuration(config: RunConfig) -> list[Finding]:
     """Whether the run would be refused, under a launcher for its number of processes; raises what the run would say."""
     if config == RunConfig():
         return [warn("configuration", "no run is described", "give the run's config to check it")]
-    check(config, distributed.world_size() if "RANK" in os.environ else None)
+    # Whether there are data is what `data` looks at.
+    described = config if config.data.train else replace(config, data=replace(config.data, train="none yet"))
+    check(described, distributed.world_size() if "RANK" in os.environ else None)
     return [ok("configuration", f"{config.name}: its fields fit each other")]
 
 

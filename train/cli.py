@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from data_pipeline.config import Source
+from data_pipeline.config_file import instantiate, read_fields
 from train.config import RunConfig
 
 EPILOG = "precedence: fields on the command line override --config, which overrides the defaults"
@@ -23,7 +24,7 @@ class ConfigFile(ActionConfigFile):
     """--config: refuses what jsonargparse would take in silence, or not name, and leaves the rest to it."""
 
     def __call__(self, parser, cfg, values, option_string=None):
-        _check_file(values)
+        _check_section(read_fields(values), f"--config {values}: ", "")
         super().__call__(parser, cfg, values, option_string)
 
 
@@ -82,13 +83,14 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
 def with_flags(message: str, options: Iterable[str] = ()) -> str:
     """The message of a library function, which speaks of arguments and fields, in the words of a command line.
 
-    A field such as optim.lr becomes --optim.lr wherever it is. An argument, which is the last part of one field alone
-    (`global_batch`) or is among a command's own `options`, becomes a flag where the message starts with it or has it
-    in backticks; other words are left as they are.
+    A field such as optim.lr becomes --optim.lr wherever it is. An argument such as `global_batch`, which is
+    the last part of one field alone, or one of a command's own `options`, becomes a flag where the message starts with
+    it or has it in backticks. Other words are left as they are.
     """
     names = list(flatten(RunConfig()))
     leaves = Counter(name.rpartition(".")[2] for name in names)
-    flags = {name.rpartition(".")[2]: f"--{name}" for name in names if leaves[name.rpartition(".")[2]] == 1}
+    # Without an underscore it may be a word of the sentence.
+    flags = {leaf: f"--{name}" for name in names if leaves[leaf := name.rpartition(".")[2]] == 1 and "_" in leaf}
     flags |= {option: f"--{option}" for option in options}
     fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     message = re.sub(rf"`?(?<![\w./-])({fields})(?![\w/]|\.\w)`?", r"--\1", message)
@@ -120,35 +122,6 @@ def machine_fields(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Of a key that stands twice, YAML keeps the last one and drops the other without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ValueError(f"{key.value} stands twice, in line {lines[key.value]} and in line {line}")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-def _check_file(path: str) -> None:
-    """Raises ValueError where the file is no mapping of sections to fields."""
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"--config {path}: no YAML{line}: {error.problem}") from None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: it has no fields; they stand as in the output of --print_config")
-    _check_section(content, f"--config {path}: ", "")
-
-
 def _check_section(content: dict, where: str, prefix: str) -> None:
     known = flatten(RunConfig())
     for key, value in content.items():
@@ -178,7 +151,7 @@ def _check_values(config: RunConfig) -> None:
 
 
 def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
-    built = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+    built = instantiate(parser, parsed)
     return RunConfig(**{item.name: getattr(built, item.name) for item in fields(RunConfig)})
 
 

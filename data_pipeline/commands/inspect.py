@@ -73,17 +73,15 @@ def load_config(path: Path | None) -> DataConfig:
     if path is None:
         return DataConfig()
     import jsonargparse
-    import yaml
 
+    from data_pipeline.config_file import instantiate, read_fields
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    content = read_fields(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        data = content.get("data") or {} if isinstance(content, dict) else {}
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_argument("--data", type=DataConfig, default=DataConfig())
-        parsed = parser.parse_object({"data": data})
-        built = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-        return built.data
-    except (OSError, yaml.YAMLError, jsonargparse.ArgumentError) as error:
+        return instantiate(parser, parser.parse_object({"data": content.get("data") or {}})).data
+    except jsonargparse.ArgumentError as error:
         raise ValueError(f"--config {path}: {error}") from None
 
 

@@ -60,8 +60,8 @@ def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message:
     [
         ("optim: {learning_rate: 1}", r"there is no field --optim\.learning_rate"),
         ("optims: {lr: 1}", r"there is no field --optims"),
-        ("optim: {lr: 1}\ntrain: {steps: 1}\noptim: {beta1: 0.5}", "optim stands twice, in line 1 and in line 3"),
-        ("optim:\n  lr: 1\n  lr: 2", "lr stands twice, in line 2 and in line 3"),
+        ("optim: {lr: 1}\ntrain: {steps: 1}\noptim: {beta1: 0.5}", "optim is there twice, in line 1 and in line 3"),
+        ("optim:\n  lr: 1\n  lr: 2", "lr is there twice, in line 2 and in line 3"),
         ("optim:", "--optim is a section of fields"),
         ("data: {augment: strong}", r"such as --data\.augment\.policy"),
         ("train: {steps: null}", r"--train\.steps is null"),
@@ -78,6 +78,20 @@ def test_a_file_that_cannot_be_meant_is_refused_by_name(content: str, message: s
     with pytest.raises(ValueError, match=message) as error:
         cli.parse(["--config", str(path)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("optim.lr 0: give more", "--optim.lr 0: give more"),
+        ("global_batch 3: raise `micro_batch`", "--train.global_batch 3: raise --train.micro_batch"),
+        ("--data.lanes 3 and data.lanes", "--data.lanes 3 and --data.lanes"),
+        ("no file runs/data.val/x, seed or `image`", "no file runs/data.val/x, seed or `image`"),
+        ("fit f needs `data`; data is short", "--fit f needs --data; data is short"),
+    ],
+)
+def test_a_librarys_message_gets_the_flags_of_the_command(message: str, shown: str) -> None:
+    assert cli.with_flags(message, ["fit", "data"]) == shown
 
 
 def test_differences_leave_out_the_machine() -> None:
