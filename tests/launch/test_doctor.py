@@ -130,7 +130,7 @@ def test_activations_grow_with_the_resident_micro_batches(bert):
     assert 3.5 < four.activations / one.activations < 4.5
     config.model.image.checkpointing = config.model.text.checkpointing = True
     assert memory.plan(config, world=2, bf16=False).activations < 0.6 * four.activations
-    with pytest.raises(ValueError, match=r"--train.global_batch 64 .* 8 x 3 processes"):
+    with pytest.raises(ValueError, match=r"global_batch 64 .* 3 processes x micro_batch 8"):
         memory.plan(config, world=3, bf16=False)
 
 
