@@ -47,6 +47,12 @@ class MicroBatch(_Batch):
     """One per row: "shard basename/sample key" of the sample that was consumed."""
     bad: list[dict] = field(default_factory=list)
     """Ledger records of replaced samples: step, row (of the global batch), shard, key, cause, replaced_by."""
+    image_ids_B: Tensor | None = None
+    """int64: equal numbers are the same sample. The loader always sets it, as the next two."""
+    text_ids_B: Tensor | None = None
+    """int64: equal numbers are the same caption tokens."""
+    digest: int = 0
+    """The sum over the global batch, modulo 2^64, tells which sample was in which row."""
     views_BCHW: Tensor | None = None
     """A second augmentation of the same images; where Extras ask for it."""
     masked_BL: Tensor | None = None

@@ -7,32 +7,21 @@ turns keeps the order for any number of processes; what is in a micro-batch depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 import webdataset
 
 from data_pipeline.batch import EvalBatch, MicroBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.order import Mixture, Order, Position, sequential
-from data_pipeline.samples.image import BadSample, split
-from data_pipeline.samples.transforms import eval_transform
-from data_pipeline.stages.decode import (
-    Collate,
-    Decode,
-    DecodeOrReplace,
-    Extras,
-    IndexedSource,
-    Readers,
-    Share,
-    UserStage,
-    dealt,
-    sample_name,
-    shard_name,
-    stacked,
-)
+from data_pipeline.order import Mixture, Order, sequential
+from data_pipeline.seeds import stream_seed
+from data_pipeline.stages.collate import Collate
+from data_pipeline.stages.decode import Decode, DecodeOrReplace, Extras, UserStage
+from data_pipeline.stages.evaluation import EvalSource
+from data_pipeline.stages.readers import IndexedSource, Readers
+from data_pipeline.stages.slots import share_of
 from data_pipeline.stages.stream import StreamDecode, StreamSource
-from data_pipeline.stages.workers import Loaded
+from data_pipeline.stages.workers import WorkerLoader
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
@@ -49,7 +38,6 @@ def train_loader(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    global_batch: int,
     micro_batch: int,
     rank: int = 0,
     world: int = 1,
@@ -60,16 +48,17 @@ def train_loader(
 ) -> Iterable[MicroBatch]:
     """The micro-batches of this rank for steps [start_step, stop_step), in order.
 
-    Rank r of W gets micro-batches [r k, (r + 1) k) of every step, k = global_batch / (micro_batch W): the same rows,
-    bit for bit, for any number of ranks and loader processes, and wherever `start_step` is.
+    The order says how many rows a global batch has. Rank r of W gets micro-batches [r k, (r + 1) k) of every step,
+    k = order.batch / (micro_batch W): the same rows, bit for bit, for any number of ranks and loader processes, and
+    wherever `start_step` is.
     stages: callables that take and give back a decoded sample: a dict with "image" (uint8 tensor [3, H, W]), "caption"
-    (str), "__key__", "cls", and "rng", the random.Random to draw all chance from.
-    extras: second views and hidden words, by chance of their own: all else stays as it is without.
+    (str), "__key__", "cls", and "rng", the random.Random to draw from.
+    extras: second views and hidden words, by seeds of their own: all else is as without them.
     Raises ValueError where the batch cannot be dealt; while iterating, for a shard that is not the manifest's.
     """
-    share = _share(global_batch, micro_batch, rank, world, start_step, stop_step)
+    share = share_of(rank, world, order.batch, micro_batch, start_step, stop_step)
     readers = Readers(manifests, config)
-    return _loaded(
+    return _pipeline(
         config,
         Collate(tokenizer, extras),
         micro_batch,
@@ -96,7 +85,7 @@ def stream_loader(
     """As train_loader, for shards without a manifest: data.train is a pattern of shard urls, read from front to back.
 
     Not exact: which samples a step sees depends on the number of ranks and loader processes, damage to a tar may go
-    unnoticed, and a resumed run starts over with shards in another order. A bad sample is left out and recorded.
+    unnoticed, and a resumed run starts again with its shards in another order. A bad sample is left out and recorded.
     Raises ValueError where there are fewer shards than loader processes.
     """
     if not isinstance(config.train, str):
@@ -109,38 +98,28 @@ def stream_loader(
             f"--data.workers {config.workers}), each of which streams shards of its own: lower --data.workers, or use "
             f"--data.mode indexed"
         )
-    share = _share(global_batch, micro_batch, rank, world, start_step, stop_step)
-    source = StreamSource(urls, f"{seed}/{start_step}", rank, world)
+    share = share_of(rank, world, global_batch, micro_batch, start_step, stop_step)
+    source = StreamSource(urls, stream_seed(seed, start_step), rank, world)
     decode = StreamDecode(Decode(config, extras), share, source.seed)
-    return _loaded(config, Collate(tokenizer, extras), micro_batch, stages, source, decode)
+    return _pipeline(config, Collate(tokenizer, extras), micro_batch, stages, source, decode)
 
 
-def _loaded(
+def _pipeline(
     config: DataConfig, collate: Collate, micro_batch: int, stages: Sequence[Callable], *decoded: Callable
-) -> Loaded:
+) -> WorkerLoader:
     """`decoded` (a source and the stages that decode), the stages of the user, and batching, as one pipeline."""
     pipeline = webdataset.DataPipeline(
         *decoded,
         *[webdataset.map(UserStage(stage)) for stage in stages],
         webdataset.batched(micro_batch, collation_fn=collate, partial=False),
     )
-    return Loaded(pipeline, workers=config.workers, prefetch=config.prefetch)
-
-
-def _share(global_batch: int, micro_batch: int, rank: int, world: int, start_step: int, stop_step: int) -> Share:
-    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world):
-        raise ValueError(
-            f"--train.global_batch {global_batch} cannot be dealt to {world} processes in micro-batches of "
-            f"--train.micro_batch {micro_batch}: it must be a multiple of {micro_batch * world}"
-        )
-    count = global_batch // (micro_batch * world)
-    return Share(micro_batch, rank * count, count, start_step, stop_step)
+    return WorkerLoader(pipeline, workers=config.workers, prefetch=config.prefetch)
 
 
 def eval_loader(
     config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, *, batch: int, rank: int = 0, world: int = 1
 ) -> Iterable[EvalBatch]:
-    """Every sample of a manifest once over all ranks, with all its captions, in order and without chance.
+    """Every sample of a manifest once over all ranks, with all its captions, in order and without randomness.
 
     Rank r of W gets samples [r N / W, (r + 1) N / W), in batches of `batch`, the last one smaller. A bad sample is left
     out and recorded in `bad`.
@@ -150,42 +129,4 @@ def eval_loader(
     positions = sequential([shard.nsamples for shard in manifest.shards])
     own = positions[rank * len(positions) // world : (rank + 1) * len(positions) // world]
     source = EvalSource(Readers([manifest], config), own, config, tokenizer, batch)
-    return Loaded(webdataset.DataPipeline(source), workers=config.workers, prefetch=config.prefetch)
-
-
-class EvalSource:
-    """Reads, decodes and batches for evaluation."""
-
-    def __init__(
-        self, readers: Readers, positions: Sequence[Position], config: DataConfig, tokenizer: Tokenizer, batch: int
-    ):
-        self.readers, self.tokenizer, self.transform = readers, tokenizer, eval_transform(config)
-        self.batches = [positions[start : start + batch] for start in range(0, len(positions), batch)]
-        self.empty_BCHW = torch.empty((0, 3, config.image_size, config.image_size), dtype=torch.uint8)
-
-    def __call__(self) -> Iterator[EvalBatch]:
-        for positions in dealt(self.batches):
-            yield self._batch(positions)
-
-    def _batch(self, positions: Sequence[Position]) -> EvalBatch:
-        images: list[torch.Tensor] = []
-        captions: list[str] = []
-        caption_row: list[int] = []
-        classes: list[str | None] = []
-        keys, bad = [], []
-        for place in positions:
-            raw = self.readers.raw(place.source, place.shard, place.index)
-            try:
-                data, texts, label = split(raw)
-                image = self.transform(data)
-            except BadSample as error:
-                bad.append({"shard": shard_name(raw["__shard__"]), "key": raw["__key__"], "cause": error.cause})
-                continue
-            captions.extend(texts)
-            caption_row.extend([len(images)] * len(texts))
-            images.append(image)
-            classes.append(label)
-            keys.append(sample_name(raw))
-        ids_ML, mask_ML = self.tokenizer(captions)
-        images_BCHW = stacked(images) if images else self.empty_BCHW
-        return EvalBatch(images_BCHW, ids_ML, mask_ML, caption_row, captions, classes, keys, bad)
+    return WorkerLoader(webdataset.DataPipeline(source), workers=config.workers, prefetch=config.prefetch)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.seeds import group_key, shards_key
 from data_pipeline.storage.manifest import Manifest
 
 
@@ -47,7 +48,7 @@ class _Epoch:
     """The shards of one epoch in permuted order, cut into lanes."""
 
     def __init__(self, shard_sizes: np.ndarray, lanes: int, seed: int, source: int, epoch: int):
-        self.shards = permutation(len(shard_sizes), seed, source, epoch)
+        self.shards = permutation(len(shard_sizes), seed, *shards_key(source, epoch))
         self.starts = np.concatenate(([0], np.cumsum(shard_sizes[self.shards])))
         samples = int(self.starts[-1])
         self.lane_starts = [lane * samples // lanes for lane in range(lanes + 1)]
@@ -141,7 +142,7 @@ class Order:
         shard = int(first_shard) + group * self.shuffle_shards
         begin = max(int(epoch.starts[shard]), lane_start) - lane_start
         end = min(int(epoch.starts[min(shard + self.shuffle_shards, len(epoch.shards))]), lane_stop) - lane_start
-        permuted = permutation(end - begin, self.seed, self.source, number, lane, group)
+        permuted = permutation(end - begin, self.seed, *group_key(self.source, number, lane, group))
         self._groups[lane] = ((number, group), begin, permuted)
         return begin, permuted
 

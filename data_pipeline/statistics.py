@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.samples.image import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size, split
+from data_pipeline.samples.image import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size
+from data_pipeline.samples.text import split
 from data_pipeline.storage.shards import ShardReader
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's channels, RGB in 0..1."""
 MEASURE_SIZE = 256
 """Images with a longer shorter side than this, in pixels, are reduced to it before their pixels are counted."""
 EXAMPLES = 20
@@ -187,3 +190,35 @@ def _distribution(counts: Counter[int]) -> dict[str, float]:
 
 
 _SHARES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
+
+
+def normalization(normalize: str | tuple, *statistics: dict) -> tuple[list[float], list[float]]:
+    """Mean [3] and standard deviation [3], RGB in 0..1, for the setting data.normalize.
+
+    statistics: of the manifests of all training sources, for "dataset"; sources count by their pixels.
+    Raises ValueError where the setting cannot be used.
+    """
+    if normalize == "imagenet":
+        return list(IMAGENET[0]), list(IMAGENET[1])
+    if normalize == "dataset":
+        if not statistics or not all(one.get("moments") for one in statistics):
+            raise ValueError(
+                "--data.normalize dataset: the manifest of --data.train has no image statistics; "
+                "build it again with: python -m data_pipeline index SHARDS"
+            )
+        moments = Moments()
+        for one in statistics:
+            moments.merge(Moments.from_json(one["moments"]))
+        mean, std = moments.mean, moments.std
+    else:
+        try:
+            mean, std = ([float(value) for value in row] for row in normalize)
+        except (TypeError, ValueError):
+            mean, std = [], []
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(
+                f"--data.normalize is {normalize!r}: imagenet, dataset, or [[mean r, g, b], [std r, g, b]] in 0..1"
+            )
+    if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
+        raise ValueError(f"--data.normalize: means {mean} must be in 0..1 and deviations {std} above 0, at most 1")
+    return list(mean), list(std)

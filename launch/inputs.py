@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from data_pipeline.samples.image import BadSample, split
+from data_pipeline.samples.image import BadSample
+from data_pipeline.samples.text import split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from train.checks import check_batch
+from data_pipeline.stages.slots import check_batch
 from train.config import RunConfig
 from train.engine.precision import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from data_pipeline.samples.text import check_captions
 from data_pipeline.samples.transforms import eval_transform, train_transform
+from data_pipeline.stages.slots import check_batch
 from train.cli import flatten
 from train.config import RunConfig
 from train.evaluation.suite import check_tasks
@@ -120,17 +121,6 @@ def check_data(config: RunConfig) -> None:
     train_transform(data)
     eval_transform(data)
     check_captions(data.caption)
-
-
-def check_batch(global_batch: int, micro_batch: int, processes: int) -> None:
-    """Raises ValueError where a global batch cannot be shared among processes in whole micro-batches."""
-    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * processes):
-        unit = max(micro_batch, 1) * processes
-        among = f"{processes} processes x micro_batch {micro_batch}" if processes > 1 else f"micro_batch {micro_batch}"
-        raise ValueError(
-            f"global_batch {global_batch} is not divisible by {among}: give a multiple of {unit}, such as "
-            f"{max(1, global_batch // unit) * unit}"
-        )
 
 
 def check_resident(config: RunConfig, processes: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.config import Source
 from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
 from data_pipeline.order import build_order
-from data_pipeline.samples.transforms import normalization
+from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed
@@ -45,7 +45,6 @@ class Feed:
         train, ssl = self.config.train, self.config.model.self_supervision
         share: dict[str, Any] = {
             "seed": train.seed,
-            "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,
             "rank": distributed.rank(),
             "world": distributed.world_size(),
@@ -54,5 +53,5 @@ class Feed:
             "extras": Extras(second_view=ssl.image > 0, mask=ssl.mask if ssl.text > 0 else 0.0),
         }
         if self.config.data.mode == "stream":
-            return stream_loader(self.config.data, tokenizer, **share)
+            return stream_loader(self.config.data, tokenizer, global_batch=train.global_batch, **share)
         return train_loader(self.config.data, self.order, self.manifests, tokenizer, **share)

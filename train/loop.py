@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import MicroBatch
+from data_pipeline.seeds import model_seed
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
@@ -176,7 +177,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     state = TrainState(data_hash=feed.identity, mean=list(feed.mean), std=list(feed.std))
 
     found = checkpoint.newest(directory)
-    torch.manual_seed(config.train.seed)  # the same fresh weights on every rank
+    torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
     model = build_model(config, feed.mean, feed.std, pretrained=found is None)
     if found is not None:
         state = checkpoint.load_state(found)

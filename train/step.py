@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.samples.image import name_bytes
+from data_pipeline.samples.text import name_bytes
 from train import distributed
 from train.config import LossConfig, RunConfig
 from train.engine.base import Engine

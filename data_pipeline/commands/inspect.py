@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.commands.parallel import positive
 from data_pipeline.config import DataConfig
-from data_pipeline.samples.image import BadSample, decode_image, split
-from data_pipeline.samples.text import check_captions, pick_caption
+from data_pipeline.samples.image import BadSample, decode_image
+from data_pipeline.samples.text import check_captions, pick_caption, split
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.remote import is_remote

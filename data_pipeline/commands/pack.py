@@ -27,7 +27,8 @@ from data_pipeline.commands.encoding import EXTENSIONS, Encoding, encode_rows
 from data_pipeline.commands.parallel import cores, interrupts_held, positive, run_parallel
 from data_pipeline.commands.rows import Columns, Row, choose_columns, read_rows
 from data_pipeline.commands.tables import KINDS, Table, open_table
-from data_pipeline.samples.image import MAX_PIXELS, encodable, name_bytes
+from data_pipeline.samples.image import MAX_PIXELS
+from data_pipeline.samples.text import encodable, name_bytes
 from data_pipeline.storage.files import alone_in, write_atomically
 from data_pipeline.storage.manifest import FILE_NAME, load_manifest
 from data_pipeline.storage.shards import ShardWriter

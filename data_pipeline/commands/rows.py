@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands.tables import Table
-from data_pipeline.samples.image import encodable
+from data_pipeline.samples.text import encodable
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")

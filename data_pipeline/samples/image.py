@@ -1,16 +1,18 @@
-"""Bytes -> image and captions: an allow-list of formats, limits checked before decoding, and a cause for every refusal.
+"""Bytes -> an image, or a crop of it: an allow-list of formats, limits checked first, and a cause for every refusal.
 
-Colour profiles are not applied, and of an animation the first frame counts.
+An image is opened (its header read), a crop is chosen from its size, and then it is decoded, so that a JPEG can be
+decoded at the smallest scale that still covers the crop. Colour profiles are not applied; of an animation the first
+frame counts.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from math import ceil
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 
 RGB = tuple[int, int, int]
+Crop = tuple[int, int, int, int]
+"""left, top, width, height in pixels of the upright image."""
 
 # What each EXIF orientation asks for; 1 is upright. From 5 on, width and height change places.
 _ORIENTATION = 0x0112
@@ -33,9 +37,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# open_image refuses by its own limit; Pillow's warning would only say it again, once per process.
+# open_image refuses by its own limit; Pillow's warning would only repeat it, once per process.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# What Pillow passes over, such as EXIF that cannot be read, it would tell without a name, amid the progress bar.
+# Pillow warns of what it passes over, such as unreadable EXIF, without saying where, in the middle of a progress bar.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
@@ -72,6 +76,33 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
+def centre_crop(width: int, height: int, share: float = 1.0) -> Crop:
+    """The square in the middle whose side is this share of the shorter side."""
+    side = max(1, round(min(width, height) * share))
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def random_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> Crop:
+    """The crop of Inception training (Szegedy et al., arXiv 1409.4842): area and aspect ratio drawn, then the place.
+
+    scale: share of the area; ratio: width / height, drawn evenly in its logarithm. Where ten draws do not fit into the
+    image, the largest crop in its middle whose ratio is allowed.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
+            return left, top, crop_width, crop_height
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    crop_width = min(width, max(1, round(height * aspect)))
+    crop_height = min(height, max(1, round(width / aspect)))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
 def load_image(image: Image.Image, *, background: RGB = (255, 255, 255), shrink: float = 1.0) -> Image.Image:
     """Decode an opened image to upright RGB.
 
@@ -82,10 +113,25 @@ def load_image(image: Image.Image, *, background: RGB = (255, 255, 255), shrink:
     turn = _TURNS.get(_orientation(image))
     with _decoding(image):
         if shrink >= 2:
-            image.draft(None, (ceil(image.width / shrink), ceil(image.height / shrink)))
+            image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
         image.load()
         image = _opaque(image, background)
         return image if turn is None else image.transpose(turn)
+
+
+def load_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> Image.Image:
+    """Decode an opened image to upright RGB and cut out `crop`, which is in pixels of the whole image.
+
+    A JPEG is decoded at the smallest scale at which the crop still has size x size pixels. Raises BadSample.
+    """
+    full_width, full_height = oriented_size(image)
+    left, top, width, height = crop
+    image = load_image(image, background=background, shrink=min(width, height) / size)
+    x, y = image.width / full_width, image.height / full_height
+    right, bottom = round((left + width) * x), round((top + height) * y)
+    left, top = int(left * x), int(top * y)
+    box = (left, top, max(left + 1, right), max(top + 1, bottom))
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def decode_image(
@@ -140,64 +186,3 @@ def _opaque(image: Image.Image, background: RGB) -> Image.Image:
         canvas.paste(seen, mask=seen.getchannel("A"))
         return canvas
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def split(raw: dict) -> tuple[bytes, list[str], str | None]:
-    """A raw sample's image bytes, its captions and its class (None without a `cls` member). Raises BadSample."""
-    image = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
-    if image is None:
-        members = ", ".join(sorted(name for name in raw if not name.startswith("__"))) or "none"
-        raise BadSample(f"no image member ({', '.join(IMAGE_EXTENSIONS)}); its members: {members}")
-    label = _text(raw["cls"], "cls").strip() if "cls" in raw else None
-    return image, captions(raw), label
-
-
-def captions(raw: dict) -> list[str]:
-    """The captions of a raw sample, at least one, white space tidied, repeats left out.
-
-    A list `captions` in the `json` member comes first, then the `txt` member, then `caption` in `json`.
-    Raises BadSample where there is none.
-    """
-    found: list = []
-    described = raw.get("json", b"")
-    if described and ("txt" not in raw or b'"captions"' in described):
-        found = _described(described)
-    if not found and "txt" in raw:
-        found = [_text(raw["txt"], "txt")]
-    if not all(isinstance(text, str) for text in found):
-        raise BadSample("a caption in the json member is not text")
-    tidy = [" ".join(encodable(text).split()) for text in found]
-    kept = list(dict.fromkeys(text for text in tidy if text))
-    if not kept:
-        raise BadSample("no caption (txt, or json with caption or captions)")
-    return kept
-
-
-def name_bytes(text: str) -> bytes:
-    """The bytes that text with names of files or tar members was read from; names need not be UTF-8."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-def encodable(text: str) -> str:
-    """The text with a ? for every half of a surrogate pair: JSON can say one ("cut \\ud83d"), UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _described(data: bytes) -> list:
-    try:
-        content = json.loads(_text(data, "json"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"the json member is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        return []
-    several, one = content.get("captions"), content.get("caption")
-    return [text for text in (several if isinstance(several, list) else [several]) if text is not None] or (
-        [text for text in (one if isinstance(one, list) else [one]) if text is not None]
-    )
-
-
-def _text(data: bytes, member: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"the {member} member is not UTF-8: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from data_pipeline.seeds import mask_seed
 from data_pipeline.tokenizer import Tokenizer
 
 UNMASKED = -100
@@ -34,14 +35,14 @@ class Masking:
         self.mask_id, self.vocab_size, self.share = tokenizer.mask_id, tokenizer.vocab_size, share
         self.special_ids = tokenizer.special_ids
 
-    def __call__(self, ids_BL: Tensor, chances: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, ids_BL: Tensor, seeds: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids with masks, and the ids to be predicted or UNMASKED, int64 [B, L].
 
-        chances: seed of each caption's choices, so that they depend neither on its neighbours nor on the padding.
+        seeds: one per caption, that of its sample; so neither neighbours nor padding change what is hidden.
         """
         masked_BL, targets_BL = ids_BL.clone(), ids_BL.new_full(ids_BL.shape, UNMASKED)
-        for row, (ids, chance) in enumerate(zip(ids_BL.tolist(), chances, strict=True)):
-            rng = random.Random(f"{chance}/mask")
+        for row, (ids, seed) in enumerate(zip(ids_BL.tolist(), seeds, strict=True)):
+            rng = random.Random(mask_seed(seed))
             for place, token in enumerate(ids):
                 if token in self.special_ids or rng.random() >= self.share:
                     continue

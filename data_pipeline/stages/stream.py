@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from webdataset import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.samples.image import BadSample
-from data_pipeline.stages.decode import Decode, Share, Slot, bad_record, dealt
+from data_pipeline.seeds import stream_epoch_seed, stream_sample_seed
+from data_pipeline.stages.decode import Decode, bad_record
+from data_pipeline.stages.slots import Share, Slot
+from data_pipeline.stages.workers import of_this_worker
 from data_pipeline.storage.remote import is_remote, open_remote
 
 BUFFER = 1000
@@ -31,9 +34,9 @@ class StreamSource:
 
     def __call__(self) -> Iterator[dict]:
         for epoch in itertools.count():
-            rng = random.Random(f"{self.seed}/{epoch}")
+            rng = random.Random(stream_epoch_seed(self.seed, epoch))
             urls = rng.sample(self.urls, len(self.urls))
-            samples = _read(dealt(urls[self.rank :: self.world]))
+            samples = _read(of_this_worker(urls[self.rank :: self.world]))
             found = False
             for sample in shuffle(BUFFER, initial=BUFFER // 10, rng=rng)(samples):
                 found = True
@@ -42,7 +45,7 @@ class StreamSource:
                 raise ValueError(f"--data.train: no samples in {', '.join(self.urls[:3])} and the other shards")
 
 
-def _read(urls: Sequence[str]) -> Iterator[dict]:
+def _read(urls: Iterable[str]) -> Iterator[dict]:
     for url in urls:
         try:
             with open_remote(url) if is_remote(url) else open(url, "rb") as file:
@@ -53,18 +56,16 @@ def _read(urls: Sequence[str]) -> Iterator[dict]:
 
 
 class StreamDecode:
-    """Decode stage: as many samples as this process's micro-batches take; bad ones are left out and recorded."""
+    """Decode stage: as many samples as this loader process's micro-batches take; bad ones are left out and recorded."""
 
     def __init__(self, decode: Decode, share: Share, seed: str):
         self.decode, self.share, self.seed = decode, share, seed
 
     def __call__(self, raws: Iterator[dict]) -> Iterator[dict]:
         raws = iter(raws)
-        for step, index in self.share.slots():
-            start = index * self.share.micro_batch
-            for row in range(start, start + self.share.micro_batch):
-                slot = Slot(step, index, row, f"{self.seed}/{step}/{row}")
-                yield self._next(raws, slot)
+        for step, index, rows in of_this_worker(self.share.micro_batches()):
+            for row in rows:
+                yield self._next(raws, Slot(step, index, row, stream_sample_seed(self.seed, step, row)))
 
     def _next(self, raws: Iterator[dict], slot: Slot) -> dict:
         for raw in raws:

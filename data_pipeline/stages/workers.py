@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
@@ -9,13 +10,20 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+T = TypeVar("T")
 HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else [])}
 """Signals that do not end a loader process; macOS cannot tell who has sent a TERM, so there it does."""
+
+
+def of_this_worker(items: Iterable[T]) -> Iterator[T]:
+    """The items that this loader process makes: every n-th one, so that taking turns gives all back in order."""
+    worker = get_worker_info()
+    return iter(items) if worker is None else itertools.islice(items, worker.id, None, worker.num_workers)
 
 
 @dataclass
@@ -62,7 +70,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
-class Loaded:
+class WorkerLoader:
     """Iterates over a pipeline in `workers` processes, or in this one where that is 0.
 
     The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here

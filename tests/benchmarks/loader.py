@@ -33,7 +33,8 @@ from torchvision import transforms
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import train_loader
 from data_pipeline.order import build_order
-from data_pipeline.samples.transforms import IMAGENET, train_transform
+from data_pipeline.samples.transforms import train_transform
+from data_pipeline.statistics import IMAGENET
 from data_pipeline.storage.manifest import Manifest, Shard
 from data_pipeline.storage.shards import ShardWriter, read_index
 from data_pipeline.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def duet_loader(manifest: Manifest, tokenizer: Tokenizer, size: int, workers: in
     """One epoch of micro-batches."""
     config = DataConfig(image_size=size, augment=AUGMENT, workers=workers)
     order = build_order([manifest], [1.0], BATCH, 4, 0, SHARDS)
-    options = {"seed": 0, "global_batch": BATCH, "micro_batch": BATCH, "stop_step": order.steps_per_epoch}
+    options = {"seed": 0, "micro_batch": BATCH, "stop_step": order.steps_per_epoch}
     return train_loader(config, order, [manifest], tokenizer, **options)
 
 

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import EvalBatch, eval_loader
 from data_pipeline.order import sequential
-from data_pipeline.samples.image import split
+from data_pipeline.samples.text import split
 from data_pipeline.samples.transforms import eval_transform
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader

@@ -1,6 +1,7 @@
 """The loader against a plain reference: the same rows, bit for bit, for any workers, ranks and start; nothing lost."""
 
 import gc
+import hashlib
 import itertools
 import multiprocessing
 import pickle
@@ -19,7 +20,7 @@ import torch
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import MicroBatch, train_loader
 from data_pipeline.order import Mixture, Order, build_order
-from data_pipeline.samples.image import split
+from data_pipeline.samples.text import split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
@@ -47,7 +48,7 @@ def ordered(*manifests: Manifest) -> Order | Mixture:
 def load(
     manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataConfig | None = None, **options: object
 ) -> Iterator[MicroBatch]:
-    chosen = {"seed": SEED, "global_batch": BATCH, "micro_batch": MICRO, "stop_step": STEPS, **options}
+    chosen = {"seed": SEED, "micro_batch": MICRO, "stop_step": STEPS, **options}
     return iter(train_loader(config or settings(), ordered(*manifests), manifests, tokenizer, **chosen))
 
 
@@ -56,6 +57,10 @@ def dealt(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataConfi
     ranks = [list(load(manifests, tokenizer, config, rank=rank, world=world)) for rank in range(world)]
     share = BATCH // MICRO // world
     return [ranks[r][step * share + k] for step in range(STEPS) for r in range(world) for k in range(share)]
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") // 2
 
 
 def reference(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataConfig) -> list[MicroBatch]:
@@ -72,7 +77,22 @@ def reference(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataC
             caption = texts[rng.randrange(len(texts))]
             captions.append(f"a drawing of {caption}" if rng.random() < 0.5 and rng.choice([True]) else caption)
             keys.append(f"{Path(raw['__shard__']).name}/{raw['__key__']}")
-        expected.append(MicroBatch(torch.stack(images), *tokenizer(captions), index, step, keys))
+        ids_BL, mask_BL = tokenizer(captions)
+        texts = [repr(ids[: sum(mask)]) for ids, mask in zip(ids_BL.tolist(), mask_BL.tolist(), strict=True)]
+        rows = [f"{row} {key}" for row, key in enumerate(keys, index * MICRO)]
+        expected.append(
+            MicroBatch(
+                torch.stack(images),
+                ids_BL,
+                mask_BL,
+                index,
+                step,
+                keys,
+                image_ids_B=torch.tensor([hash_of(key) for key in keys]),
+                text_ids_B=torch.tensor([hash_of(text) for text in texts]),
+                digest=sum(hash_of(row) for row in rows),
+            )
+        )
     return expected
 
 
@@ -260,7 +280,7 @@ def test_a_process_can_exit_with_loader_processes_that_wait_or_hang(
 
 
 def test_a_loader_can_be_sent_to_a_process_that_is_not_forked(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    options = {"seed": SEED, "global_batch": BATCH, "micro_batch": MICRO, "stop_step": STEPS}
+    options = {"seed": SEED, "micro_batch": MICRO, "stop_step": STEPS}
     loader = train_loader(settings(), ordered(manifest), [manifest], tokenizer, **options)
     assert_equal(list(pickle.loads(pickle.dumps(loader))), list(loader))
 
@@ -268,9 +288,10 @@ def test_a_loader_can_be_sent_to_a_process_that_is_not_forked(manifest: Manifest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_batch": 6, "micro_batch": 4}, r"--train\.global_batch 6 .* 1 processes .* multiple of 4"),
-        ({"world": 3}, r"--train\.global_batch 8 cannot be dealt to 3 processes .* multiple of 6"),
-        ({"micro_batch": 0}, r"--train\.micro_batch 0"),
+        ({"micro_batch": 3}, r"^global_batch 8 is not divisible by micro_batch 3: give a multiple of 3, such as 6$"),
+        ({"world": 3}, r"^global_batch 8 is not divisible by 3 processes x micro_batch 2: .* of 6, such as 6$"),
+        ({"micro_batch": 4, "world": 3}, r"multiple of 12, such as 12$"),
+        ({"micro_batch": 0}, r"is not divisible by micro_batch 0"),
     ],
 )
 def test_batches_that_cannot_be_dealt_are_refused(
@@ -291,5 +312,6 @@ def test_batches_move_with_all_their_tensors(manifest: Manifest, tokenizer: Toke
     batch = next(load([manifest], tokenizer))
     moved = batch.to("meta", non_blocking=True)
     assert {moved.images_BCHW.device.type, moved.ids_BL.device.type, moved.mask_BL.device.type} == {"meta"}
+    assert {moved.image_ids_B.device.type, moved.text_ids_B.device.type} == {"meta"}
     assert (moved.keys, moved.step, moved.index) == (batch.keys, batch.step, batch.index)
     assert batch.images_BCHW.device.type == "cpu"

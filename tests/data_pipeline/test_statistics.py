@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.statistics import MEASURE_SIZE, Moments, merge_statistics, shard_statistics
+from data_pipeline.statistics import (
+    IMAGENET,
+    MEASURE_SIZE,
+    Moments,
+    merge_statistics,
+    normalization,
+    shard_statistics,
+)
 from data_pipeline.storage.shards import ShardWriter
 
 
@@ -126,3 +133,34 @@ def test_no_shards_and_no_good_samples(tmp_path: Path) -> None:
         writer.write("a", {"png": b"nothing", "txt": b"text"})
     got = merge_statistics([shard_statistics(writer.paths[0])])
     assert got["samples"] == got["bad"]["count"] == 1 and got["mean"] == [0.0, 0.0, 0.0]
+
+
+def counted(pixels: np.ndarray) -> dict:
+    moments = Moments()
+    moments.update(pixels)
+    return {"moments": moments.to_json()}
+
+
+def test_normalization() -> None:
+    assert normalization("imagenet") == tuple(list(part) for part in IMAGENET)
+    assert normalization([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    parts = [np.random.default_rng(n).integers(0, 256, (9, 7 + n, 3), dtype=np.uint8) for n in range(2)]
+    together = np.concatenate([part.reshape(-1, 3) for part in parts]) / 255
+    mean, std = normalization("dataset", *map(counted, parts))
+    assert np.allclose(mean, together.mean(0), atol=1e-9) and np.allclose(std, together.std(0), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "statistics", "message"),
+    [
+        ("dataset", (), r"--data\.normalize dataset: .* no image statistics; .*python -m data_pipeline index"),
+        ("dataset", ({},), r"--data\.normalize dataset: .* no image statistics"),
+        ("dataset", (counted(np.zeros((2, 2, 3), np.uint8)),), r"--data\.normalize: .* deviations .* above 0"),
+        ("imagnet", (), r"--data\.normalize is 'imagnet': imagenet, dataset, or"),
+        (((0.5, 0.5), (0.5, 0.5)), (), r"--data\.normalize is "),
+        (((128, 128, 128), (50, 50, 50)), (), r"--data\.normalize: means .* must be in 0\.\.1"),
+    ],
+)
+def test_unusable_normalization_is_refused(setting: object, statistics: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        normalization(setting, *statistics)

@@ -30,6 +30,9 @@ def assert_equal(seen: Sequence[MicroBatch], expected: Sequence[MicroBatch]) -> 
         assert (ours.step, ours.index, ours.keys) == (plain.step, plain.index, plain.keys)
         assert torch.equal(ours.images_BCHW, plain.images_BCHW) and ours.images_BCHW.dtype == torch.uint8
         assert torch.equal(ours.ids_BL, plain.ids_BL) and torch.equal(ours.mask_BL, plain.mask_BL)
+        assert torch.equal(ours.image_ids_B, plain.image_ids_B) and ours.image_ids_B.dtype == torch.int64
+        assert torch.equal(ours.text_ids_B, plain.text_ids_B) and ours.text_ids_B.dtype == torch.int64
+        assert (ours.digest - plain.digest) % 2**64 == 0 and -(2**63) <= ours.digest < 2**63
         assert ours.bad == plain.bad
 
 

@@ -189,7 +189,7 @@ def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"global_batch": 18}, r"--train\.global_batch 18 is not divisible by --train\.micro_batch 8: try .* 16"),
+        ({"global_batch": 18}, r"^global_batch 18 is not divisible by micro_batch 8: .* such as 16"),
         ({"global_batch": 400}, r"lower --train\.global_batch"),
     ],
 )
@@ -210,7 +210,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None
     path.write_text(cli.to_yaml(prepare(tmp_path, micro_batch=32)))
     for status, printed in run_distributed(main_of_a_rank, 2, str(path)):
         assert status == 2
-        assert "--train.global_batch 32 cannot be dealt to 2 processes in micro-batches of" in printed
+        assert "--train.global_batch 32 is not divisible by 2 processes x micro_batch" in printed
 
 
 def main_of_a_rank(path: str) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.samples.image import name_bytes
+from data_pipeline.samples.text import name_bytes
 from data_pipeline.storage.manifest import load_manifest
 from train.config import EvalTask
 from train.evaluation.classes import SCORES, accuracy, labelled

@@ -17,6 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
+from data_pipeline.seeds import model_seed
 from train.config import ModelConfig, RunConfig
 from train.model.image import ImageTower
 from train.model.norm import convert, not_recording
@@ -267,7 +268,7 @@ def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], 
         ValueError: a tower cannot be built, or captions may be longer than the text tower has positions.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(model_seed(config.train.seed))
         model = PairModel(
             config.model,
             config.data.image_size,

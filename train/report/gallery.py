@@ -18,8 +18,10 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import sequential
-from data_pipeline.samples.image import decode_image, split
-from data_pipeline.stages.decode import Readers, sample_name
+from data_pipeline.samples.image import decode_image
+from data_pipeline.samples.text import split
+from data_pipeline.stages.readers import Readers
+from data_pipeline.stages.slots import sample_name
 from data_pipeline.storage.manifest import Manifest
 from train.evaluation.retrieval import TIE
 

@@ -11,8 +11,7 @@ from PIL import Image
 from data_pipeline.__main__ import main
 from data_pipeline.commands import inspect as inspecting
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.samples.image import split
-from data_pipeline.samples.text import pick_caption
+from data_pipeline.samples.text import pick_caption, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter

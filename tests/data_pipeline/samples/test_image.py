@@ -1,7 +1,6 @@
-"""Real images in every mode, broken ones of every kind, and captions: what is read, and what is refused why."""
+"""Real images in every mode, and broken ones of every kind: what is read, and what is refused why."""
 
 import io
-import json
 import struct
 import zlib
 
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data_pipeline.samples.image import BadSample, captions, decode_image, open_image, oriented_size, split
+from data_pipeline.samples.image import BadSample, decode_image, open_image, oriented_size
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 240, 10), (10, 10, 250)
 
@@ -198,53 +197,3 @@ def test_unreadable_exif_does_not_cost_the_picture(kind: str, exif: bytes) -> No
     data = encoded(picture(), kind, exif=exif, lossless=True)
     assert oriented_size(open_image(data)) == picture().size
     assert far(decode_image(data), picture()) < 6
-
-
-def described(**content: object) -> bytes:
-    return json.dumps(content).encode()
-
-
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ({"txt": b" a  red\nheart "}, ["a red heart"]),
-        ({"txt": "ein Löwe 🦁".encode()}, ["ein Löwe 🦁"]),
-        ({"json": described(caption="one")}, ["one"]),
-        ({"json": described(caption=["one", "two"])}, ["one", "two"]),
-        ({"json": described(captions=["one", None, "two", "one ", ""])}, ["one", "two"]),
-        ({"json": described(captions="one")}, ["one"]),
-        ({"json": described(captions=["one", "two"]), "txt": b"zero"}, ["one", "two"]),
-        ({"json": described(caption="from img2dataset", width=3), "txt": b"text"}, ["text"]),
-        ({"json": described(captions=[], caption="one")}, ["one"]),
-        ({"json": described(captions=[]), "txt": b"text"}, ["text"]),
-        ({"json": b"[1, 2]", "txt": b"text"}, ["text"]),
-        ({"json": b'{"caption": "cut \\ud83d"}'}, ["cut ?"]),
-        ({"json": b'{"caption": "whole \\ud83e\\udd81"}'}, ["whole 🦁"]),
-    ],
-)
-def test_captions(raw: dict, expected: list[str]) -> None:
-    assert captions(raw) == expected
-
-
-@pytest.mark.parametrize(
-    ("raw", "cause"),
-    [
-        ({}, "no caption"),
-        ({"txt": b" \n"}, "no caption"),
-        ({"json": described(caption=None)}, "no caption"),
-        ({"json": b'{"captions": [}'}, "not JSON"),
-        ({"json": b"[" * 100_000}, "not JSON"),
-        ({"json": described(captions=[7])}, "not text"),
-        ({"txt": b"caf\xe9"}, "txt member is not UTF-8"),
-    ],
-)
-def test_bad_captions(raw: dict, cause: str) -> None:
-    with pytest.raises(BadSample, match=cause):
-        captions(raw)
-
-
-def test_split() -> None:
-    assert split({"__key__": "k", "jpeg": b"image", "txt": b"text", "cls": b"7\n"}) == (b"image", ["text"], "7")
-    assert split({"webp": b"image", "txt": b"text"})[2] is None
-    with pytest.raises(BadSample, match=r"no image member .* its members: gif, txt"):
-        split({"__key__": "k", "txt": b"text", "gif": b"image"})

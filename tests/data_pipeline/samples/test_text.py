@@ -1,5 +1,6 @@
-"""Caption policies: what may come out, and how often."""
+"""What a raw sample says, and caption policies: what may come out, and how often."""
 
+import json
 import random
 from collections import Counter
 
@@ -8,9 +9,60 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config import CaptionConfig
-from data_pipeline.samples.text import check_captions, pick_caption
+from data_pipeline.samples.image import BadSample
+from data_pipeline.samples.text import captions, check_captions, pick_caption, split
 
 CAPTIONS = ["one", "two", "three"]
+
+
+def described(**content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"txt": b" a  red\nheart "}, ["a red heart"]),
+        ({"txt": "ein Löwe 🦁".encode()}, ["ein Löwe 🦁"]),
+        ({"json": described(caption="one")}, ["one"]),
+        ({"json": described(caption=["one", "two"])}, ["one", "two"]),
+        ({"json": described(captions=["one", None, "two", "one ", ""])}, ["one", "two"]),
+        ({"json": described(captions="one")}, ["one"]),
+        ({"json": described(captions=["one", "two"]), "txt": b"zero"}, ["one", "two"]),
+        ({"json": described(caption="from img2dataset", width=3), "txt": b"text"}, ["text"]),
+        ({"json": described(captions=[], caption="one")}, ["one"]),
+        ({"json": described(captions=[]), "txt": b"text"}, ["text"]),
+        ({"json": b"[1, 2]", "txt": b"text"}, ["text"]),
+        ({"json": b'{"caption": "cut \\ud83d"}'}, ["cut ?"]),
+        ({"json": b'{"caption": "whole \\ud83e\\udd81"}'}, ["whole 🦁"]),
+    ],
+)
+def test_captions(raw: dict, expected: list[str]) -> None:
+    assert captions(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "cause"),
+    [
+        ({}, "no caption"),
+        ({"txt": b" \n"}, "no caption"),
+        ({"json": described(caption=None)}, "no caption"),
+        ({"json": b'{"captions": [}'}, "not JSON"),
+        ({"json": b"[" * 100_000}, "not JSON"),
+        ({"json": described(captions=[7])}, "not text"),
+        ({"txt": b"caf\xe9"}, "txt member is not UTF-8"),
+    ],
+)
+def test_bad_captions(raw: dict, cause: str) -> None:
+    with pytest.raises(BadSample, match=cause):
+        captions(raw)
+
+
+def test_split() -> None:
+    assert split({"__key__": "k", "jpeg": b"image", "txt": b"text", "cls": b"7\n"}) == (b"image", ["text"], "7")
+    assert split({"webp": b"image", "txt": b"text"})[2] is None
+    with pytest.raises(BadSample, match=r"no image member .* its members: gif, txt"):
+        split({"__key__": "k", "txt": b"text", "gif": b"image"})
 
 
 def drawn(captions: list[str], config: CaptionConfig, number: int = 3000) -> Counter[str]:

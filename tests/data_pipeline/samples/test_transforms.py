@@ -1,4 +1,4 @@
-"""Crops against torchvision's, colours against arithmetic, policies by what they do, normalization by numpy."""
+"""Crops against torchvision's, colours against arithmetic, policies by what they do."""
 
 import io
 import math
@@ -17,17 +17,8 @@ from torchvision.transforms import v2
 
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.samples.augment import POLICIES, color_jitter, rand_augment, resolve_augment, shift_hue
-from data_pipeline.samples.image import BadSample
-from data_pipeline.samples.transforms import (
-    IMAGENET,
-    centre_crop,
-    eval_transform,
-    load_region,
-    normalization,
-    random_crop,
-    train_transform,
-)
-from data_pipeline.statistics import Moments
+from data_pipeline.samples.image import BadSample, centre_crop, load_region, random_crop
+from data_pipeline.samples.transforms import eval_transform, resize, train_transform
 
 WHITE, BLUE = (255, 255, 255), (0, 0, 255)
 OFF = AugmentConfig(policy="none")
@@ -119,7 +110,7 @@ def test_a_region_is_the_crop_of_the_whole_picture_resized(kind: str, orientatio
         left, top, width, height = crop
         box = (left, top, left + width, top + height)
         plain = upright.resize((64, 64), Image.Resampling.BICUBIC, box=box)
-        seen_HWC = load_region(Image.open(io.BytesIO(data)), crop, 64, WHITE)
+        seen_HWC = resize(load_region(Image.open(io.BytesIO(data)), crop, 64, WHITE), 64)
         assert far(seen_HWC, torch.from_numpy(np.array(plain))) < 2.5, crop
 
 
@@ -259,34 +250,3 @@ def test_sizes_are_checked_before_training(wrong: dict, transform: Callable) -> 
 def test_centre_crop() -> None:
     assert centre_crop(10, 4) == (3, 0, 4, 4) and centre_crop(4, 9) == (0, 2, 4, 4)
     assert centre_crop(10, 8, 0.5) == (3, 2, 4, 4) and centre_crop(10, 1, 0.2) == (4, 0, 1, 1)
-
-
-def counted(pixels: np.ndarray) -> dict:
-    moments = Moments()
-    moments.update(pixels)
-    return {"moments": moments.to_json()}
-
-
-def test_normalization() -> None:
-    assert normalization("imagenet") == tuple(list(part) for part in IMAGENET)
-    assert normalization([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    parts = [np.random.default_rng(n).integers(0, 256, (9, 7 + n, 3), dtype=np.uint8) for n in range(2)]
-    together = np.concatenate([part.reshape(-1, 3) for part in parts]) / 255
-    mean, std = normalization("dataset", *map(counted, parts))
-    assert np.allclose(mean, together.mean(0), atol=1e-9) and np.allclose(std, together.std(0), atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("setting", "statistics", "message"),
-    [
-        ("dataset", (), r"--data\.normalize dataset: .* no image statistics; .*python -m data_pipeline index"),
-        ("dataset", ({},), r"--data\.normalize dataset: .* no image statistics"),
-        ("dataset", (counted(np.zeros((2, 2, 3), np.uint8)),), r"--data\.normalize: .* deviations .* above 0"),
-        ("imagnet", (), r"--data\.normalize is 'imagnet': imagenet, dataset, or"),
-        (((0.5, 0.5), (0.5, 0.5)), (), r"--data\.normalize is "),
-        (((128, 128, 128), (50, 50, 50)), (), r"--data\.normalize: means .* must be in 0\.\.1"),
-    ],
-)
-def test_unusable_normalization_is_refused(setting: object, statistics: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        normalization(setting, *statistics)

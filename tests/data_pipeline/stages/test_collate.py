@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def load(manifest: Manifest, tokenizer: Tokenizer, workers: int = 0, **options: object) -> list[MicroBatch]:
     order = build_order([manifest], [1.0], BATCH, LANES, SEED, 2)
-    chosen = {"seed": SEED, "global_batch": BATCH, "micro_batch": MICRO, "stop_step": 3, **options}
+    chosen = {"seed": SEED, "micro_batch": MICRO, "stop_step": 3, **options}
     return list(train_loader(settings(workers), order, [manifest], tokenizer, **chosen))
 
 

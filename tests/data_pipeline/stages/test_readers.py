@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.stages.decode import Readers
+from data_pipeline.stages.readers import Readers
 from data_pipeline.storage.manifest import Manifest
 from tests.support.server import serve
 from tests.support.tars import describe, write_tar

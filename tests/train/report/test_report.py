@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
-from data_pipeline.samples.image import split
+from data_pipeline.samples.text import split
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
 from tests.support.small import picture, write_data

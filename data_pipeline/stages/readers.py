@@ -1,0 +1,77 @@
+"""Raw samples by position: bytes as they are in the shards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_pipeline.config import DataConfig
+from data_pipeline.order import Mixture, Order
+from data_pipeline.seeds import sample_seed
+from data_pipeline.stages.slots import SLOT, Share, Slot
+from data_pipeline.stages.workers import of_this_worker
+from data_pipeline.storage.cache import open_store
+from data_pipeline.storage.manifest import Manifest, Shard
+from data_pipeline.storage.remote import is_remote
+from data_pipeline.storage.shards import ShardReader
+
+OPENINGS = 10
+"""Times that a remote shard is fetched while other processes push it out of the cache before it is open."""
+
+
+class Readers:
+    """Raw samples of several manifests by (source, shard, index); the shards read last stay open."""
+
+    def __init__(self, manifests: Sequence[Manifest], config: DataConfig):
+        self.manifests = manifests
+        self._store = open_store(config)
+        # As many as the groups that all lanes shuffle at a time, within what a process may open.
+        self._limit = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
+        self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
+
+    def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:
+        """One raw sample. Raises ValueError naming a shard that is missing, damaged or not the manifest's."""
+        return self._reader(source, shard).raw(index)
+
+    def size(self, source: int, shard: int) -> int:
+        """Samples of a shard."""
+        return self.manifests[source].shards[shard].nsamples
+
+    def _reader(self, source: int, shard: int) -> ShardReader:
+        at = (source, shard)
+        if at not in self._open:
+            # What has left the cache must leave the disk too, or cache_gb would bound nothing.
+            for gone in [key for key, reader in self._open.items() if is_remote(reader.url) and reader.deleted]:
+                self._open.pop(gone).close()
+            if len(self._open) >= self._limit:
+                self._open.popitem(last=False)[1].close()
+            self._open[at] = self._opened(self.manifests[source].shards[shard])
+        self._open.move_to_end(at)
+        return self._open[at]
+
+    def _opened(self, shard: Shard) -> ShardReader:
+        for _ in range(OPENINGS):
+            try:
+                return ShardReader(self._store.local(shard), shard)
+            except (FileNotFoundError, ValueError) as error:
+                is_missing = FileNotFoundError in (type(error), type(error.__cause__))
+                if not (is_missing and is_remote(shard.url)):
+                    raise
+        raise ValueError(
+            f"shard {shard.url} left the cache {OPENINGS} times before it could be opened: raise --data.cache_gb"
+        )
+
+
+class IndexedSource:
+    """First stage: the raw samples of this loader process's micro-batches, in the exact order."""
+
+    def __init__(self, readers: Readers, order: Order | Mixture, share: Share, seed: int):
+        self.readers, self.order, self.share, self.seed = readers, order, share, seed
+
+    def __call__(self) -> Iterator[dict]:
+        for step, index, rows in of_this_worker(self.share.micro_batches()):
+            for row, place in zip(rows, self.order.rows(step, rows.start, rows.stop), strict=True):
+                raw = self.readers.raw(place.source, place.shard, place.index)
+                seed = sample_seed(self.seed, place.source, place.epoch, place.position)
+                yield {**raw, SLOT: Slot(step, index, row, seed, place)}

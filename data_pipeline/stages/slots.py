@@ -1,0 +1,79 @@
+"""Which rows of which micro-batches a rank makes, and where in a batch a sample is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipeline.order import Position
+
+SLOT = "__slot__"
+"""Key of a sample's Slot."""
+
+
+@dataclass
+class Slot:
+    """Where in a batch a sample is, and what became of the one that was meant for that place."""
+
+    step: int
+    index: int
+    """Which micro-batch of the global batch."""
+    row: int
+    """Row of the global batch."""
+    seed: str
+    """Of all randomness in this sample. It comes from the place alone, so a replacement or another rank keeps it."""
+    place: Position | None = None
+    """Where the sample was to be read; None in a stream."""
+    name: str = ""
+    """ "shard basename/sample key" of the sample that was consumed."""
+    bad: list[dict] = field(default_factory=list)
+    """Ledger records of the bad samples that this one replaces."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's micro-batches: number [first, first + count) of every step in [start_step, stop_step)."""
+
+    micro_batch: int
+    """Rows of each."""
+    first: int
+    count: int
+    start_step: int
+    stop_step: int
+
+    def micro_batches(self) -> Iterator[tuple[int, int, range]]:
+        """Step, micro-batch index and rows of the global batch, in order."""
+        for step in range(self.start_step, self.stop_step):
+            for index in range(self.first, self.first + self.count):
+                yield step, index, range(index * self.micro_batch, (index + 1) * self.micro_batch)
+
+
+def share_of(rank: int, world: int, global_batch: int, micro_batch: int, start_step: int, stop_step: int) -> Share:
+    """Rank r of W makes micro-batches [r k, (r + 1) k), k = global_batch / (micro_batch W). Raises as check_batch."""
+    check_batch(global_batch, micro_batch, world)
+    count = global_batch // (micro_batch * world)
+    return Share(micro_batch, rank * count, count, start_step, stop_step)
+
+
+def check_batch(global_batch: int, micro_batch: int, world: int = 1) -> None:
+    """Raises ValueError where a global batch cannot be shared among processes in whole micro-batches."""
+    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world):
+        unit = max(micro_batch, 1) * world
+        among = f"{world} processes x micro_batch {micro_batch}" if world > 1 else f"micro_batch {micro_batch}"
+        raise ValueError(
+            f"global_batch {global_batch} is not divisible by {among}: give a multiple of {unit}, such as "
+            f"{max(1, global_batch // unit) * unit}"
+        )
+
+
+def sample_name(raw: dict) -> str:
+    """ "shard basename/sample key" of a raw sample."""
+    return f"{shard_name(raw['__shard__'])}/{raw['__key__']}"
+
+
+def shard_name(url: str) -> str:
+    """Base name of a shard."""
+    return PurePosixPath(url.split("?")[0]).name
