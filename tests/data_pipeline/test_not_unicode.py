@@ -11,8 +11,8 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.commands.index import index_shard
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader
-from tests.data_pipeline.conftest import tiny_image
 from tests.support.pack_inputs import run_pack, samples, skipped, start
+from tests.support.pictures import tiny_image
 from tests.support.tars import write_tar
 from train.config import LossConfig
 from train.step import batch_digest, row_ids

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.hosts import ROOT, Hosts, why_not
+from tests.support.running import assert_same_curve
 from tests.support.slurm import wait_for
-from tests.support.training import assert_same, finish, saved_step, small_run, wait_for_step
+from tests.support.training import finish, saved_step, small_run, wait_for_step
 from train import cli
 from train.config import RunConfig
 
@@ -82,7 +83,7 @@ def test_a_cut_link_ends_all_ranks_and_the_same_commands_go_on(hosts, tmp_path):
     both = [hosts.start(host, logs[host], *arguments) for host in (0, 1)]
     assert [process.wait(300) for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert "going on from" in logs[0].read_text()
-    assert_same(finish(config), expected)
+    assert_same_curve(finish(config), expected)
 
 
 @pytest.mark.slow
@@ -107,4 +108,4 @@ def test_a_range_of_hosts_goes_on_without_a_lost_one_and_takes_it_back(hosts, tm
     wait_for(lambda: logs[0].read_text().count("training on 2 host(s)") > together, "group of two again", 180)
     assert [first.wait(400), second.wait(400)] == [0, 0], logs[0].read_text() + logs[1].read_text()
     alone = replace(config, name="single")
-    assert_same(finish(config), finish(alone))
+    assert_same_curve(finish(config), finish(alone))

@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from tests.support import running, wandb_files
-from tests.support.running import curve, metrics, run_dir
+from tests.support.running import assert_same_curve, curve, metrics, run_dir
 from tests.support.slurm import wait_for
-from tests.support.training import assert_same, finish, saved_step, small_run, wait_for_step
+from tests.support.training import finish, saved_step, small_run, wait_for_step
 from train import cli
 from train.config import RunConfig
 
@@ -65,7 +65,7 @@ def test_requeued_then_cancelled_then_finished_it_is_one_run(cluster, submit, co
 
     assert undisturbed.wait(180) == 0, (tmp_path / "straight.log").read_text()
     assert joined == curve(straight)[:cancelled], "bit for bit"
-    assert_same(finish(config), single)
+    assert_same_curve(finish(config), single)
     sessions = wandb_files.offline_runs(run_dir(config))
     assert len(sessions) == 3
     assert len({wandb_files.run_of(session).run_id for session in sessions}) == 1, "one W&B run"
@@ -100,4 +100,4 @@ def test_a_lost_node_has_the_run_go_on_with_the_other_and_grow_again(cluster, co
     assert f"job {job} on n[1-2], start 3" in out.read_text()
     grown = curve(config)
     config.name, config.tracking.wandb = "single", "disabled"
-    assert_same(grown, finish(config))
+    assert_same_curve(grown, finish(config))

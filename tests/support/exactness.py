@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
+from tests.support.bert import write_bert
 from tests.support.distributed import run_distributed, start_context
 from tests.support.wrong_schemes import sabotaged
 from train.config import RunConfig
@@ -71,20 +72,8 @@ def make_config(text_tower: str, loss: str, **train: int) -> RunConfig:
 
 
 def write_text_tower(directory: str | Path) -> str:
-    """config.json of a small BERT with dropout; its weights are made from scratch."""
-    from transformers import BertConfig
-
-    BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    ).save_pretrained(directory)
-    return str(directory)
+    """The text tower of these configurations."""
+    return write_bert(directory, width=32, vocab_size=VOCABULARY, max_position_embeddings=32)
 
 
 def make_batch(config: RunConfig, step: int = 0) -> list[MicroBatch]:

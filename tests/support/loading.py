@@ -8,9 +8,9 @@ import torch
 
 from data_pipeline.config import AugmentConfig, CaptionConfig, DataConfig
 from data_pipeline.loader import MicroBatch
-from data_pipeline.storage.manifest import Manifest, load_manifest, write_manifest
-from data_pipeline.storage.shards import ShardWriter
-from tests.data_pipeline.conftest import describe, tiny_image
+from data_pipeline.storage.manifest import Manifest, load_manifest
+from tests.support.pictures import tiny_image
+from tests.support.tars import write_shards
 
 BATCH, MICRO, LANES, SIZES, SEED = 8, 2, 2, (9, 7, 8, 5), 3
 STEPS = 8  # of which three are an epoch of SIZES
@@ -39,12 +39,10 @@ def assert_equal(seen: Sequence[MicroBatch], expected: Sequence[MicroBatch]) -> 
 def damaged(directory: Path, bad: Sequence[int], size: int = 8, shards: int = 2) -> Manifest:
     """Shards in which samples `bad` of each cannot be used, each for another reason."""
     reasons = itertools.cycle(({"png": b"broken", "txt": b"text"}, {"txt": b"no image"}, {"png": tiny_image(1)}))
-    paths = []
-    for shard in range(shards):
-        with ShardWriter(directory, "train", first=shard) as writer:
-            for index in range(size):
-                whole = {"png": tiny_image(index), "txt": f"picture {index}".encode()}
-                writer.write(f"{shard}-{index}", next(reasons) if index in bad else whole)
-        paths += writer.paths
-    write_manifest(directory, [describe(path) for path in paths], {})
-    return load_manifest(directory)
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        shard, index = divmod(number, size)
+        whole = {"png": tiny_image(index), "txt": f"picture {index}".encode()}
+        return f"{shard}-{index}", next(reasons) if index in bad else whole
+
+    return load_manifest(write_shards(directory, [size] * shards, sample))

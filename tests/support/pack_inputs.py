@@ -17,7 +17,7 @@ from PIL import Image
 from data_pipeline.__main__ import main
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader
-from tests.data_pipeline.conftest import tiny_image
+from tests.support.pictures import tiny_image
 
 IMAGES = {f"pictures/im{i}.{kind}": tiny_image(i, kind="png" if kind == "png" else "jpeg")
           for i, kind in enumerate(["png", "jpg", "jpg", "png", "jpg"])}  # fmt: skip

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.support.small import rich_picture, small_config, write_data
+from tests.support.pictures import rich_picture
+from tests.support.small import small_config, write_data
 from train import cli
 from train.config import RunConfig
 
@@ -91,6 +92,16 @@ def metrics(config: RunConfig) -> list[dict]:
 def curve(config: RunConfig) -> list[tuple[int, str, float]]:
     """Step, digest of the samples in their order, and loss, of every step."""
     return [(record["step"], record["batch_digest"], record["loss"]) for record in metrics(config)]
+
+
+def assert_same_curve(curve: list, expected: list, tolerance: float = 1e-12) -> None:
+    """The same samples in the same order, and losses that differ by this share at most.
+
+    The default is for one or two processes of one thread each, which round alike.
+    """
+    assert [entry[:2] for entry in curve] == [entry[:2] for entry in expected]
+    for (step, _, loss), (_, _, wanted) in zip(curve, expected, strict=True):
+        assert abs(loss - wanted) <= tolerance * wanted, f"step {step}: {loss} instead of {wanted}"
 
 
 def wait_for_step(config: RunConfig, step: int, process: subprocess.Popen, seconds: float = 200) -> None:

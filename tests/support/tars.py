@@ -4,11 +4,12 @@ import hashlib
 import io
 import subprocess
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import webdataset
 
-from data_pipeline.storage.manifest import Shard
+from data_pipeline.storage.manifest import Shard, write_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter, read_index
 
 SAMPLES = [(f"{number:03d}", {"txt": f"no. {number}".encode(), "jpg": bytes([number]) * 700}) for number in range(3)]
@@ -59,6 +60,21 @@ def write_duet(path, samples):
         for key, members in samples:
             writer.write(key, members)
     return Path(writer.paths[0]).rename(path)
+
+
+def write_shards(
+    directory: Path, sizes: Sequence[int], sample: Callable[[int], tuple[str, dict[str, bytes]]], prefix: str = "train"
+) -> Path:
+    """Shards of sizes[i] samples and their manifest; `sample` gives the key and members of sample number 0, 1, ..."""
+    number, paths = 0, []
+    for shard, size in enumerate(sizes):
+        with ShardWriter(directory, prefix, first=shard) as writer:
+            for _ in range(size):
+                writer.write(*sample(number))
+                number += 1
+        paths += writer.paths
+    write_manifest(directory, [describe(path) for path in paths], {})
+    return directory
 
 
 WRITERS = [write_webdataset, write_gnu_tar, write_duet]

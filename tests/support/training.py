@@ -51,10 +51,3 @@ def saved_step(config: RunConfig) -> int:
     found = checkpoint.newest(run_dir(config))
     assert found is not None
     return checkpoint.load_state(found).step
-
-
-def assert_same(found: list, expected: list) -> None:
-    """The same samples in the same order, and the same losses: one or two processes of a thread each round alike."""
-    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
-    for (step, _, loss), (_, _, wanted) in zip(found, expected, strict=True):
-        assert abs(loss - wanted) <= 1e-12 * wanted, f"step {step}: {loss} instead of {wanted}"

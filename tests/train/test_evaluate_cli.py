@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import running
-from tests.support.small import COLOURS, write_data
+from tests.support.pictures import COLOURS
+from tests.support.small import write_data
 from train.config import RunConfig
 
 SCRIPT = """

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.support import running
 from tests.support.distributed import run_distributed
-from tests.support.running import BATCH, STEPS, curve, prepare, run, run_dir
+from tests.support.running import BATCH, STEPS, assert_same_curve, curve, prepare, run, run_dir
 from tests.support.small import write_data
 from train import checkpoint, cli, loop
 from train.__main__ import main
@@ -225,9 +225,3 @@ def test_a_mistake_on_the_command_line_is_one_line(capfd) -> None:
     printed = capfd.readouterr().err
     assert "there is no field --train.globalbatch; did you mean --train.global_batch" in printed
     assert len(printed.splitlines()) == 1
-
-
-def assert_same_curve(curve: list, expected: list, tolerance: float) -> None:
-    assert [entry[:2] for entry in curve] == [entry[:2] for entry in expected]
-    for (step, _, loss), (_, _, wanted) in zip(curve, expected, strict=True):
-        assert abs(loss - wanted) <= tolerance * wanted, f"step {step}: {loss} instead of {wanted}"

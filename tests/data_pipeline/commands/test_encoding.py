@@ -8,7 +8,7 @@ from PIL import Image
 from data_pipeline.commands.encoding import Encoding, encode_rows
 from data_pipeline.commands.rows import Row
 from data_pipeline.samples.image import MAX_PIXELS, decode_image
-from tests.data_pipeline.conftest import tiny_image
+from tests.support.pictures import tiny_image
 
 
 def encoded(image, *, resize=0, form="KEEP"):

@@ -19,8 +19,8 @@ from data_pipeline.commands import index as indexing
 from data_pipeline.statistics import merge_statistics, shard_statistics
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardWriter
-from tests.data_pipeline.conftest import tiny_image
 from tests.support.pack_inputs import group_is_gone, start
+from tests.support.pictures import tiny_image
 from tests.support.server import serve
 
 

@@ -15,7 +15,7 @@ from data_pipeline.samples.text import pick_caption, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
-from tests.data_pipeline.conftest import tiny_image
+from tests.support.pictures import tiny_image
 
 
 @pytest.fixture

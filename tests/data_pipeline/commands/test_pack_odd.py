@@ -13,8 +13,8 @@ from tqdm import tqdm
 from data_pipeline.commands import pack
 from data_pipeline.commands.tables import PROBED
 from data_pipeline.storage.files import files_below
-from tests.data_pipeline.conftest import tiny_image
 from tests.support.pack_inputs import run_pack, samples, skipped, write_pictures, write_table
+from tests.support.pictures import tiny_image
 
 PICTURE = tiny_image(1)
 DEEP = "[" * 200_000

@@ -11,8 +11,8 @@ import pytest
 from data_pipeline.loader import MicroBatch, stream_loader
 from data_pipeline.storage.shards import ShardWriter
 from data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.conftest import tiny_image
 from tests.support.loading import BATCH, MICRO, SEED, STEPS, damaged, settings
+from tests.support.pictures import tiny_image
 from tests.support.vocabulary import write_tokenizer
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from tests.support import running
 from tests.support.distributed import run_distributed
 from tests.support.exactness import LEVELS, engine_environment, make_batch, make_config, write_text_tower
-from tests.support.running import curve, prepare, run
-from tests.train.test_run import assert_same_curve
+from tests.support.running import assert_same_curve, curve, prepare, run
 from train.run.signals import EXIT_PREEMPTED
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)

@@ -16,7 +16,8 @@ from PIL import Image, ImageChops
 from data_pipeline.samples.text import split
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
-from tests.support.small import picture, write_data
+from tests.support.pictures import picture
+from tests.support.small import write_data
 from train.config import RunConfig
 from train.evaluation.encode import Features
 from train.evaluation.retrieval import retrieval_metrics
