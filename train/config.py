@@ -16,17 +16,26 @@ Norm = Literal["batch", "sync_batch", "group", "frozen"]
 
 @dataclass
 class ImageTowerConfig:
-    """Any torchvision classification backbone; its classifier is replaced by the projection."""
+    """Any classification backbone of torchvision or timm; its classifier is replaced by the projection."""
 
     name: str = "resnet50"
-    """torchvision model name."""
+    """torchvision's name of a model; timm/<name> for one of timm's; or the dotted path of a class of your own, such as
+    my_package.MyTower, which makes features [B, D] of images (train/model/backbone_own.py says more)."""
     weights: str = "scratch"
-    """scratch; a torchvision weights name such as DEFAULT or IMAGENET1K_V2; or a local .safetensors or .pth file."""
+    """scratch; a name of torchvision's weights such as DEFAULT or IMAGENET1K_V2; a tag of timm's such as DEFAULT or
+    a1_in1k; or a local .safetensors or .pth file."""
+    dropout: float | None = None
+    """Share of values that the model's own dropout sets to zero; null: as the model has it (timm's have none)."""
+    drop_path: float | None = None
+    """Probability that training skips the top block, less for those below it; null: as the model has it (timm: 0)."""
     norm: Norm = "batch"
     """Statistics. batch: of the micro-batch; sync_batch: of the global batch, for which `train.resident` has to hold
     a process's whole share of a step; group: GroupNorm (no statistics of neighbours); frozen: those it started with."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    locked_stages: int = 0
+    """The stem and this many stages from the bottom never learn (of a tower that is not made of stages: blocks). Their
+    BatchNorm still normalizes by the micro-batch."""
     projection: Literal["linear", "none"] = "linear"
     """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
     tower learns to meet them where they are. Their length must then be model.embed_dim."""
@@ -52,6 +61,8 @@ class TextTowerConfig:
     """cls: the first token's vector; mean: the mean over the caption's tokens."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
+    locked_layers: int = 0
+    """The embeddings and this many layers from the bottom never learn."""
     projection: Literal["linear", "none"] = "linear"
     """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
     tower learns to meet them where they are. Their length must then be model.embed_dim."""

@@ -1,35 +1,39 @@
-"""The image tower: any torchvision classification backbone.
+"""The image tower: a backbone of torchvision, timm or the user's own.
 
 Shapes: B samples, H height, W width of an image; D features.
 """
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from train.config import ImageTowerConfig
-from train.model.layers import find_blocks, find_stages, group_by_layer, recompute_blocks
-from train.model.pretrained import read_image_weights
+from train.model import backbone_own, backbone_timm, backbone_torchvision
+from train.model.backbone import Backbone
+from train.model.layers import group_by_layer, lock, recompute_blocks
 
-HEADS = ("fc", "classifier", "head", "heads")
+BACKBONES: dict[str, Callable[[str, ImageTowerConfig, int, bool], Backbone]] = {
+    "torchvision": backbone_torchvision.build,
+    "timm": backbone_timm.build,
+}
+"""Family -> what builds the model of a name: of the config, the image size, and whether pretrained weights go in."""
 
 
 class ImageTower(nn.Module):
-    """A torchvision classification backbone without its last linear layer.
+    """An image encoder without its classifier.
 
     Args:
-        config: name, weights, checkpointing.
+        config: which one, its weights, what of it learns, checkpointing.
         image_size: height and width of the images, in pixels.
         pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
 
     Attributes:
         width: length D of the features.
         blocks: names of the repeated blocks, bottom to top.
-        stages: names of the groups of blocks, bottom to top.
+        stages: names of the groups of blocks within the backbone, bottom to top.
+        channels_last: whether maps that its modules put out are [B, H, W, C].
 
     Raises:
         ValueError: the name or the weights are unknown, do not fit, or cannot be had.
@@ -37,12 +41,11 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: ImageTowerConfig, image_size: int, pretrained: bool = True) -> None:
         super().__init__()
-        self.backbone = _build_backbone(config.name, image_size)
-        self.width, head = _remove_head(self.backbone, config.name)
-        if pretrained and config.weights != "scratch":
-            _load_image_weights(self.backbone, config, head, image_size)
-        self.blocks = [f"backbone.{name}" for name in find_blocks(self.backbone)]
-        self.stages = find_stages(self.backbone, [name.removeprefix("backbone.") for name in self.blocks])
+        built = build_backbone(config, image_size, pretrained)
+        self.backbone = built.module
+        self.width, self.stages, self.channels_last = built.width, built.stages, built.channels_last
+        self.blocks = [f"backbone.{name}" for name in built.blocks]
+        lock(self.backbone, _locked(config, built))
         if config.checkpointing:
             if not self.blocks:
                 raise ValueError(
@@ -59,67 +62,27 @@ class ImageTower(nn.Module):
         return group_by_layer(self, self.blocks)
 
 
-def image_tower_names() -> list[str]:
-    """The torchvision classification models."""
-    return torchvision.models.list_models(module=torchvision.models)
+def build_backbone(config: ImageTowerConfig, image_size: int, pretrained: bool) -> Backbone:
+    """The backbone that a name stands for: `<family>/<model>`, torchvision's `<model>`, or a class's dotted path."""
+    family, slash, name = config.name.partition("/")
+    if slash:
+        if family not in BACKBONES:
+            known = ", ".join(f"{other}/" for other in BACKBONES)
+            raise ValueError(
+                f"--model.image.name {config.name}: {family}/ is not a family of models; there are {known}"
+            )
+        return BACKBONES[family](name, config, image_size, pretrained)
+    if "." in config.name:
+        return backbone_own.build(config.name, config, image_size, pretrained)
+    return BACKBONES["torchvision"](config.name, config, image_size, pretrained)
 
 
-def _build_backbone(name: str, image_size: int) -> nn.Module:
-    known = image_tower_names()
-    if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known
-        raise ValueError(f"--model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}")
-    options: dict = {}
-    if name.startswith("vit_"):
-        patch = _patch_size(name)
-        if image_size % patch:
-            raise ValueError(f"--data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
-        options["image_size"] = image_size
-    elif name.startswith("maxvit"):
-        options["input_size"] = (image_size, image_size)
-    elif name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    try:
-        return torchvision.models.get_model(name, weights=None, **options)
-    except ValueError as error:
-        raise ValueError(f"--data.image_size {image_size} does not fit --model.image.name {name}: {error}") from error
-
-
-def _patch_size(vit: str) -> int:
-    return int(vit.rpartition("_")[2])
-
-
-def _remove_head(backbone: nn.Module, name: str) -> tuple[int, str]:
-    """Replaces the last linear layer by the identity; returns its input width and its name."""
-    for attribute in HEADS:
-        head = getattr(backbone, attribute, None)
-        if isinstance(head, nn.Linear):
-            setattr(backbone, attribute, nn.Identity())
-            return head.in_features, attribute
-        if isinstance(head, nn.Sequential):
-            last, linear = list(head.named_children())[-1]
-            if isinstance(linear, nn.Linear):
-                setattr(head, last, nn.Identity())
-                return linear.in_features, f"{attribute}.{last}"
-    raise ValueError(f"--model.image.name {name} does not end in a linear layer; use another, such as resnet50")
-
-
-def _load_image_weights(backbone: nn.Module, config: ImageTowerConfig, head: str, image_size: int) -> None:
-    flag = f"--model.image.weights {config.weights}"
-    state = read_image_weights(config.name, config.weights)
-    state = {name: value for name, value in state.items() if not name.startswith((f"{head}.", "AuxLogits.", "aux"))}
-    if config.name.startswith("vit_"):
-        # Position embeddings of another image size are interpolated (arXiv 2010.11929, section 3.2).
-        try:
-            state = interpolate_embeddings(image_size, _patch_size(config.name), state)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{flag} are not weights of {config.name}: {error!r}") from error
-    own = backbone.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
-    extra = [name for name in state if name not in own]
-    if missing or wrong or extra:
-        parts = {"missing": missing, "of another shape": wrong, "not in the model": extra}
-        counts = "; ".join(f"{len(names)} {what} ({names[0]} ...)" for what, names in parts.items() if names)
-        raise ValueError(f"{flag} are not weights of {config.name}: {counts}")
-    backbone.load_state_dict(state, strict=False)
+def _locked(config: ImageTowerConfig, built: Backbone) -> list[str]:
+    """Names of the stages that never learn; of the blocks, where these do not form several stages."""
+    units, what = (built.stages, "stages") if len(built.stages) > 1 else (built.blocks, "blocks")
+    if config.locked_stages > len(units):
+        raise ValueError(
+            f"--model.image.locked_stages {config.locked_stages}: {config.name} has {len(units)} {what}; "
+            "give at most that, or --model.image.locked_until -1 for a tower that never learns"
+        )
+    return units[: config.locked_stages]

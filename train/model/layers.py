@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.regnet import AnyStage
 from torchvision.models.vision_transformer import Encoder
+from torchvision.ops import StochasticDepth
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, AnyStage, Encoder)
+SEQUENCES = (nn.Sequential, nn.ModuleList)
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+DROPOUT_RATES = ("drop_prob", "drop_rate", "dropout", "attention_dropout")
+"""Where modules that drop by a function keep how much: timm's DropPath and models, torch's attention."""
 
 
-def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the repeated blocks, bottom to top: what a container holds that itself is made of several modules."""
+def is_container(module: nn.Module) -> bool:
+    """Whether it holds blocks and is none itself, in torchvision's models."""
+    return type(module) in (*SEQUENCES, AnyStage, Encoder)
+
+
+def is_stage(module: nn.Module) -> bool:
+    """Whether it holds blocks and is none itself, in anybody's model.
+
+    That is a sequence, a module with a sequence named `blocks`, or one whose children are all blocks of one class.
+    """
+    if isinstance(module, SEQUENCES) or isinstance(getattr(module, "blocks", None), SEQUENCES):
+        return True
+    children = list(module.children())
+    return len({type(child) for child in children}) == 1 and all(map(_is_made_of_several, children))
+
+
+def find_blocks(module: nn.Module, holds_blocks: Callable[[nn.Module], bool], prefix: str = "") -> list[str]:
+    """Names of the blocks, bottom to top: what a container holds that itself is made of several modules."""
     names = []
     for name, child in module.named_children():
-        if type(child) in CONTAINERS:
-            names += find_blocks(child, f"{prefix}{name}.")
-        elif any(True for _ in child.children()):
+        if holds_blocks(child):
+            names += find_blocks(child, holds_blocks, f"{prefix}{name}.")
+        elif _is_made_of_several(child):
             names.append(f"{prefix}{name}")
     return names
 
 
-def find_stages(module: nn.Module, blocks: list[str]) -> list[str]:
-    """Names of the innermost sequences of blocks, such as a ResNet's layer1 to layer4."""
+def _is_made_of_several(module: nn.Module) -> bool:
+    # A norm of timm's holds an activation.
+    return any(True for _ in module.children()) and not isinstance(module, NORMS)
+
+
+def find_stages(module: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of the innermost modules that put out what their sequence of blocks makes: a ResNet's layer1 to layer4."""
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in blocks))
     innermost = [name for name in parents if not any(other.startswith(f"{name}.") for other in parents)]
-    return [name for name in innermost if isinstance(module.get_submodule(name), nn.Sequential)]
+    stages = []
+    for name in innermost:
+        # A list does not run: what runs is the module that owns it.
+        while name and isinstance(module.get_submodule(name), nn.ModuleList):
+            name = name.rpartition(".")[0]
+        if name and name not in stages:
+            stages.append(name)
+    return stages
 
 
-def group_by_layer(module: nn.Module, blocks: list[str]) -> list[list[str]]:
+def group_by_layer(module: nn.Module, blocks: Sequence[str]) -> list[list[str]]:
     """Parameter names in order, where every block opens a new layer; what follows a block belongs to its layer."""
     layers: list[list[str]] = [[]]
     current = None
@@ -45,7 +80,26 @@ def group_by_layer(module: nn.Module, blocks: list[str]) -> list[list[str]]:
     return [layer for layer in layers if layer]
 
 
-def recompute_blocks(module: nn.Module, blocks: list[str]) -> None:
+def lock(module: nn.Module, parts: Sequence[str]) -> None:
+    """Keeps every parameter from learning up to the last one of `parts`, names of modules inside `module`."""
+    names = [name for name, _ in module.named_parameters()]
+    inside = [number for number, name in enumerate(names) if name.startswith(tuple(f"{part}." for part in parts))]
+    for name in names[: max(inside, default=-1) + 1]:
+        module.get_parameter(name).requires_grad_(False)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether training drops something at random: values, or whole blocks."""
+    for part in module.modules():
+        if isinstance(part, (_DropoutNd, StochasticDepth)) and part.p > 0:
+            return True
+        rates = (getattr(part, name, None) for name in DROPOUT_RATES)
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False
+
+
+def recompute_blocks(module: nn.Module, blocks: Sequence[str]) -> None:
     """Lets these blocks keep only their inputs for the backward pass (arXiv 1604.06174)."""
     for name in blocks:
         block = module.get_submodule(name)

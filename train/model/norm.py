@@ -1,37 +1,40 @@
 """Normalization whose statistics belong to the micro-batch, so that they are the same wherever a micro-batch runs.
 
-Training normalizes by the statistics of the micro-batch at hand and never touches the running ones. While `recording`,
-each micro-batch leaves what it would have made of the running statistics; once per step `update_running` moves these to
-the mean over all micro-batches of all ranks. A replayed forward (cached features, checkpointing) leaves nothing.
+Training normalizes by the statistics of the micro-batch and never touches the running ones. While `recording`, each
+micro-batch notes what it would have made of the running statistics; once per step `update_running` sets these to the
+mean over all micro-batches of all ranks. A forward that is repeated (cached features, checkpointing) notes nothing.
 
-Shapes: B samples, C channels, H height, W width.
+Shapes: B samples, C channels, H height, W width; inputs may also be [B, C] or [B, C, L].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from train.config import Norm
 from train.distributed import all_reduce_sum, world_size
 
 
-class MicroBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm (arXiv 1502.03167) by the statistics of the micro-batch; equals nn.BatchNorm2d for one per step."""
+class MicroBatchNorm(_BatchNorm):
+    """BatchNorm (arXiv 1502.03167) by the statistics of the micro-batch; with one per step it equals torch's own."""
 
-    # What torch's own class has only on request, this one always has.
+    # Torch's own class may be without these; this one always has them.
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps=eps, momentum=momentum)
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         self.recording = False
         self.recorded_count = 0
         self.recorded_sum_2C: Tensor | None = None
@@ -41,7 +44,7 @@ class MicroBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        # The update is made on copies, also when it is then dropped: a recomputed forward must save the same tensors.
+        # On copies, even where nothing is noted: a recomputed forward has to save the same tensors as the first.
         mean_C, var_C = self.running_mean.clone(), self.running_var.clone()
         y_BCHW = self._normalize(x_BCHW, mean_C, var_C)
         if self.recording and not _in_backward():
@@ -50,37 +53,48 @@ class MicroBatchNorm2d(nn.BatchNorm2d):
 
     def _normalize(self, x_BCHW: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
         """Normalizes by the batch and moves the given running statistics in place."""
-        if _sums_are_rough(x_BCHW):
-            return _Normalize.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, self.momentum, self.eps, _own)
+        if _torch_sums_roughly(x_BCHW):
+            return self._normalize_by(_same, x_BCHW, mean_C, var_C)
         return F.batch_norm(x_BCHW, mean_C, var_C, self.weight, self.bias, True, self.momentum, self.eps)
 
+    def _normalize_by(self, total: Callable[[Tensor], Tensor], x: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
+        x_BCHW = x.view(*x.shape, *[1] * (4 - x.ndim))
+        weight_C = torch.ones_like(mean_C) if self.weight is None else self.weight
+        bias_C = torch.zeros_like(mean_C) if self.bias is None else self.bias
+        y_BCHW = _Normalize.apply(x_BCHW, weight_C, bias_C, mean_C, var_C, self.momentum, self.eps, total)
+        return y_BCHW if x.ndim == 4 else y_BCHW.view_as(x)
+
     def _record(self, statistics_2C: Tensor) -> None:
-        # Sums in float64, so that the order in which micro-batches are dealt to ranks does not show in the mean.
+        # In float64 the mean does not show in which order micro-batches were added, on which rank.
         double_2C = statistics_2C if statistics_2C.device.type == "mps" else statistics_2C.double()
         self.recorded_sum_2C = double_2C if self.recorded_sum_2C is None else self.recorded_sum_2C + double_2C
         self.recorded_count += 1
 
 
-class GlobalBatchNorm2d(MicroBatchNorm2d):
-    """The same by the statistics of everything that all ranks normalize together in this call (any backend)."""
+class GlobalBatchNorm(MicroBatchNorm):
+    """The same by the statistics of all that the ranks normalize in one call, together (on any backend)."""
 
     def _normalize(self, x_BCHW: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
-        return _Normalize.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, self.momentum, self.eps, all_reduce_sum)
+        return self._normalize_by(all_reduce_sum, x_BCHW, mean_C, var_C)
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Always normalizes by the running statistics, which stay as loaded; weight and bias learn."""
+class FrozenBatchNorm(_BatchNorm):
+    """Always normalizes by the running statistics, which stay as they were loaded; weight and bias learn."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
+FROZEN = (FrozenBatchNorm, FrozenBatchNorm2d)
+"""Norms whose running statistics nothing moves."""
+
+
 class _Normalize(torch.autograd.Function):
-    """Batch normalization by statistics in full fp32. Backward: the gradient of the sum of the ranks' losses.
+    """Batch normalization with statistics in full fp32; backward gives the gradient of the sum of the ranks' losses.
 
     With xhat = (x - mean) / sqrt(var + eps) and n values per channel (arXiv 1502.03167, section 3):
     dx = weight / sqrt(var + eps) * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n).
-    `total` makes the sums over all ranks of sums over this one; sums over one rank need none.
+    `total` turns this rank's sums into those of all ranks whose rows are normalized together.
     """
 
     @staticmethod
@@ -112,7 +126,7 @@ class _Normalize(torch.autograd.Function):
         return dx, dweight_C, dbias_C, None, None, None, None, None
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -120,54 +134,75 @@ def _per_channel(values_C: Tensor) -> Tensor:
     return values_C[None, :, None, None]
 
 
-def _sums_are_rough(x_BCHW: Tensor) -> bool:
-    """Whether torch's own kernel would add up a channel in one long fp32 sum per thread: channels_last on the CPU.
+def _torch_sums_roughly(x_BCHW: Tensor) -> bool:
+    """Whether torch's own kernel adds up each channel in one long fp32 sum per thread: channels_last on the CPU.
 
-    Its statistics are off by up to 1e-5, differently for every number of threads, and a ResNet-18 makes 2% of that in
-    the gradient of its first layers.
+    Its statistics are then off by up to 1e-5, by another amount for every number of threads; through a ResNet-18 that
+    grows to 2% of the gradient of the first layers.
     """
-    on_cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.float32
-    return on_cpu and not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    if x_BCHW.ndim != 4 or x_BCHW.device.type != "cpu" or x_BCHW.dtype != torch.float32:
+        return False
+    return not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def _in_backward() -> bool:
-    """Whether this thread is inside a backward pass, that is, recomputing activations (as torch's checkpoint asks)."""
+    """Whether this thread is inside a backward pass, so that a forward there recomputes activations."""
     return torch._C._current_graph_task_id() != -1
 
 
 def convert(module: nn.Module, kind: Norm) -> None:
-    """Replaces every nn.BatchNorm2d inside `module`, in place, keeping weights and statistics.
+    """Replaces every BatchNorm inside `module`, in place, keeping weights, statistics and the activation it may hold.
 
-    batch: MicroBatchNorm2d; sync_batch: GlobalBatchNorm2d; frozen: FrozenBatchNorm2d; group: GroupNorm (arXiv
-    1803.08494) of 32 groups, or the largest common divisor of 32 and the channels.
+    batch: MicroBatchNorm; sync_batch: GlobalBatchNorm; frozen: FrozenBatchNorm; group: GroupNorm (arXiv 1803.08494) of
+    32 groups, or the largest common divisor of 32 and the channels.
+
+    Raises:
+        ValueError: a norm of another kind has running statistics, which every forward pass would move.
     """
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, _BatchNorm) and child.running_mean is not None:
             setattr(module, name, _converted(child, kind))
-        else:
-            convert(child, kind)
+            continue
+        if "running_var" in dict(child.named_buffers(recurse=False)) and not isinstance(child, FROZEN):
+            raise ValueError(
+                f"--model.image.norm {kind}: {type(child).__name__} ({name}) keeps running statistics in a way that "
+                "is not known here; take a tower with BatchNorm, GroupNorm or LayerNorm"
+            )
+        convert(child, kind)
 
 
-def _converted(norm: nn.BatchNorm2d, kind: Norm) -> nn.Module:
+def _converted(norm: _BatchNorm, kind: Norm) -> nn.Module:
     channels, eps = norm.num_features, norm.eps
+    converted: nn.Module
     if kind == "group":
-        group = nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
-        group.weight, group.bias = norm.weight, norm.bias
-        return group
-    classes = {"batch": MicroBatchNorm2d, "sync_batch": GlobalBatchNorm2d, "frozen": FrozenBatchNorm2d}
-    converted = classes[kind](channels, eps=eps, momentum=norm.momentum)
+        converted = nn.GroupNorm(math.gcd(32, channels), channels, eps=eps, affine=norm.affine)
+    else:
+        classes = {"batch": MicroBatchNorm, "sync_batch": GlobalBatchNorm, "frozen": FrozenBatchNorm}
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        converted = classes[kind](channels, eps=eps, momentum=momentum, affine=norm.affine)
+        converted.load_state_dict({name: value for name, value in norm.state_dict().items() if "." not in name})
     converted.weight, converted.bias = norm.weight, norm.bias
-    converted.load_state_dict(norm.state_dict())
+    # timm's norms hold what follows them, under these names.
+    if follows := [name for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]:
+        for name in follows:
+            converted.add_module(name, getattr(norm, name))
+        converted.register_forward_hook(partial(_then, names=follows))
     return converted
 
 
-def _norms(module: nn.Module) -> list[MicroBatchNorm2d]:
-    return [norm for norm in module.modules() if isinstance(norm, MicroBatchNorm2d)]
+def _then(norm: nn.Module, _inputs: tuple, output: Tensor, names: Sequence[str]) -> Tensor:
+    for name in names:
+        output = norm.get_submodule(name)(output)
+    return output
+
+
+def _norms(module: nn.Module) -> list[MicroBatchNorm]:
+    return [norm for norm in module.modules() if isinstance(norm, MicroBatchNorm)]
 
 
 @contextmanager
 def recording(module: nn.Module) -> Iterator[None]:
-    """Within it every training forward adds to the recorded statistics: enter it once per micro-batch and step."""
+    """Inside it every training forward is recorded: each micro-batch of a step has to go through it once."""
     norms = _norms(module)
     for norm in norms:
         norm.recording = True
@@ -180,7 +215,7 @@ def recording(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def not_recording(module: nn.Module) -> Iterator[None]:
-    """Within it nothing is recorded: for a further pass of a micro-batch that has been recorded once."""
+    """Inside it nothing is recorded: for another pass of a micro-batch that is recorded already."""
     norms = [norm for norm in _norms(module) if norm.recording]
     for norm in norms:
         norm.recording = False
@@ -193,13 +228,13 @@ def not_recording(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], count: int) -> None:
-    """Moves all running statistics by one step, to the mean over the micro-batches recorded since the last update.
+    """Sets all running statistics to the mean over the micro-batches that were recorded since the last update.
 
-    Where a mean is not finite (such a step is skipped), its running statistic stays as it is.
+    Where a mean is not finite (such a step is skipped), the running statistic keeps its value.
 
     Args:
         all_reduce: returns the sum of a tensor over all ranks.
-        count: micro-batches of the global batch; each must have been recorded once, on one of the ranks.
+        count: micro-batches of the global batch, each of which was recorded once, on one of the ranks.
     """
     norms = [norm for norm in _norms(module) if norm.training]
     if not norms:
@@ -207,7 +242,7 @@ def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], co
     for norm in norms:
         recorded = norm.recorded_count * world_size()
         # A synchronized norm records once per rank and call, whatever the number of micro-batches.
-        assert recorded > 0 and (recorded == count or isinstance(norm, GlobalBatchNorm2d)), (recorded, count)
+        assert recorded > 0 and (recorded == count or isinstance(norm, GlobalBatchNorm)), (recorded, count)
     recorded_sums = [norm.recorded_sum_2C.flatten() for norm in norms if norm.recorded_sum_2C is not None]
     sums = all_reduce(torch.cat(recorded_sums))
     for norm, sum_2C in zip(norms, sums.split([2 * norm.num_features for norm in norms]), strict=True):

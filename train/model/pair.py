@@ -13,13 +13,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from data_pipeline.batch import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
 from data_pipeline.seeds import model_seed
 from train.config import ModelConfig, RunConfig
 from train.model.image import ImageTower
+from train.model.layers import has_dropout
 from train.model.norm import convert, not_recording
 from train.model.text import TextTower
 from train.terms import levels as multiscale
@@ -94,7 +94,8 @@ class PairModel(nn.Module):
         self.step = 0
         for tower, options in ((self.image, config.image), (self.text, config.text)):
             for parameter in tower.parameters() if options.locked_until > 0 else ():
-                parameter.register_hook(partial(self._zero_until, options.locked_until))
+                if parameter.requires_grad:
+                    parameter.register_hook(partial(self._zero_until, options.locked_until))
         self.train()
 
     def _projection(self, tower: str, width: int) -> nn.Module:
@@ -249,8 +250,7 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor:
 
 def _check_dropout(tower: ImageTower, config: ModelConfig) -> None:
     """A synchronized norm has all images of a process go through together, so that chance falls as they are dealt."""
-    drops = any(isinstance(part, (nn.Dropout, StochasticDepth)) and part.p > 0 for part in tower.modules())
-    if config.image.norm == "sync_batch" and config.image.locked_until >= 0 and drops:
+    if config.image.norm == "sync_batch" and config.image.locked_until >= 0 and has_dropout(tower):
         raise ValueError(
             f"--model.image.norm sync_batch: {config.image.name} has dropout, which would fall otherwise on another "
             "number of processes; take --model.image.norm batch, or a tower without, such as resnet50"

@@ -1,7 +1,11 @@
-"""Pretrained weights: local files, torchvision's, the Hugging Face hub's; each failure in seconds and with a remedy."""
+"""Pretrained weights: local files, torchvision's, timm's, the Hugging Face hub's.
+
+Whatever cannot be had is said within seconds, with a remedy.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +14,11 @@ from typing import Any
 import torch
 import torchvision
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from data_pipeline.tokenizer import ask_hub
+from train import distributed
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
 TEXT_REMEDY = (
@@ -22,39 +27,159 @@ TEXT_REMEDY = (
 )
 
 
-def read_image_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict of a local .safetensors or .pth file, or of torchvision's weights of that name.
+def read_state_dict(weights: str) -> dict[str, Tensor] | None:
+    """The tensors of a local .safetensors or .pth file by name; None where `weights` does not name a file.
 
     Args:
-        name: torchvision model.
         weights: `model.image.weights`.
 
     Raises:
-        ValueError: there is no such file or name, it holds something else, or it cannot be fetched.
+        ValueError: there is no such file, or it holds something else.
+    """
+    flag, path = f"--model.image.weights {weights}", Path(weights)
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        return None
+    if not path.is_file():
+        raise ValueError(f"{flag}: no such file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # each format has its own kinds of damage
+        raise ValueError(f"{flag} cannot be read as a state dict: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{flag} is not a state dict: expected tensors by parameter name")
+    return state
+
+
+def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
+    """The state dict of torchvision's weights of that name.
+
+    Raises:
+        ValueError: the model has none of that name, or they cannot be fetched.
     """
     flag = f"--model.image.weights {weights}"
-    path = Path(weights)
-    if path.suffix in (".safetensors", ".pth", ".pt"):
-        if not path.is_file():
-            raise ValueError(f"{flag}: no such file")
-        try:
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # each format has its own kinds of damage
-            raise ValueError(f"{flag} cannot be read as a state dict: {error}") from error
-        for wrapper in ("state_dict", "model"):
-            state = state.get(wrapper, state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{flag} is not a state dict: expected tensors by parameter name")
-        return state
-    members = torchvision.models.get_model_weights(name).__members__
+    members = torchvision.models.get_model_weights(model).__members__
     if weights not in members:
         known = ", ".join(["scratch", *members])
-        raise ValueError(f"{flag}: {name} has {known}; or give a local .safetensors or .pth file")
+        raise ValueError(f"{flag}: {model} has {known}; or give a local .safetensors or .pth file")
     try:
         return members[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         remedy = "give a local .safetensors or .pth file, or scratch"
         raise ValueError(f"{flag} cannot be fetched from {members[weights].url} ({error}): {remedy}") from error
+
+
+def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
+    """The state dict of one of timm's tags, from the cache of the Hugging Face hub or the hub itself.
+
+    Args:
+        timm: the package.
+        weights: a tag, such as a1_in1k, or DEFAULT for the one that timm takes.
+
+    Raises:
+        ValueError: the model has no such tag, or it cannot be fetched.
+    """
+    flag = f"--model.image.weights {weights}"
+    tags = [full.partition(".")[2] for full in timm.list_pretrained([model, f"{model}.*"])]
+    known = f"the tags of timm/{model} are {', '.join(tags)}" if tags else f"timm has no weights of {model}"
+    if not tags or weights not in ("DEFAULT", *tags):
+        raise ValueError(f"{flag}: {known}; give DEFAULT, a tag, scratch, or a local .safetensors or .pth file")
+    source = timm.models.get_pretrained_cfg(model if weights == "DEFAULT" else f"{model}.{weights}")
+    page = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
+    try:
+        if not source.hf_hub_id:
+            return torch.hub.load_state_dict_from_url(source.url, map_location="cpu", progress=False, weights_only=True)
+        path = _hub_file(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
+        return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
+        raise ValueError(
+            f"{flag} cannot be fetched from {page} ({error}): copy the model.safetensors that is there to this machine "
+            f"and set --model.image.weights to its path, or to scratch; {known}"
+        ) from error
+
+
+def _hub_file(repository: str, filename: str) -> str:
+    """Path of a file in the hub's cache; only where it is missing is the hub asked."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, filename, local_files_only=True)
+    except Exception:  # not in the cache; the client's kinds of failure differ between its versions
+        ask_hub(repository)
+        return hf_hub_download(repository, filename)
+
+
+def load_weights(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    by_name: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    flag: str,
+    model: str,
+) -> None:
+    """Puts the tensors of a state dict into a module: all of them by name, or else all of them in their order.
+
+    In order they go where every one has the shape and the last part of the name (weight, bias, running_mean) of the
+    module's own; after them only a classifier, a matrix and its bias, may be left. It says so.
+
+    Args:
+        by_name: makes the module's names of the file's, and leaves the classifier out.
+        flag: the option that named the file, with its value.
+        model: `model.image.name`.
+
+    Raises:
+        ValueError: tensors are missing, of another shape, or not in the module.
+    """
+    own = module.state_dict()
+    try:
+        named = by_name(state)
+    except Exception as error:  # whatever translates a file of another model may fail in any way
+        named, problem = {}, repr(error)
+    else:
+        problem = _differences(own, named)
+    if problem:
+        named = _in_order(own, state)
+        if not named:
+            raise ValueError(f"{flag} are not weights of {model}: {problem}")
+        if distributed.is_main():
+            print(
+                f"{flag}: the {len(named)} tensors have other names than those of {model}; "
+                "they were matched in order, each by its shape",
+                file=sys.stderr,
+                flush=True,
+            )
+    module.load_state_dict(named, strict=False)
+
+
+def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """What keeps a state dict from being that of a module, in words; empty where nothing does."""
+    parts = {
+        "missing": [name for name in own if name not in state and not _is_counter(name)],
+        "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
+        "not in the model": [name for name in state if name not in own],
+    }
+    return "; ".join(f"{len(names)} {what} ({names[0]} ...)" for what, names in parts.items() if names)
+
+
+def _in_order(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` under the names of `own` where they are the same in order; empty where they are not."""
+    names = [name for name in own if not _is_counter(name)]
+    given = [name for name in state if not _is_counter(name)]
+    head = [state[name].shape for name in given[len(names) :]]
+    if [len(shape) for shape in head] not in ([], [2], [2, 1]):
+        return {}
+    pairs = list(zip(names, given, strict=False))
+    same = len(pairs) == len(names) and all(
+        own[name].shape == state[other].shape
+        and name.rpartition(".")[2] == other.rpartition(".")[2]
+        and (other not in own or other == name)
+        for name, other in pairs
+    )
+    return {name: state[other] for name, other in pairs} if same else {}
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
 
 
 def from_hub(load: Callable[..., Any], name: str) -> Any:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from train.config import TextTowerConfig
-from train.model.layers import group_by_layer, recompute_blocks
+from train.model.layers import group_by_layer, lock, recompute_blocks
 from train.model.pretrained import BUILT_IN_BERT, from_hub
 
 
@@ -45,6 +45,12 @@ class TextTower(nn.Module):
         self.blocks = [f"encoder.{name}" for name in _transformer_layers(self.encoder)]
         if not self.blocks:
             raise ValueError(f"--model.text.name {config.name}: no transformer layers found; use a BERT-family encoder")
+        if config.locked_layers > len(self.blocks):
+            raise ValueError(
+                f"--model.text.locked_layers {config.locked_layers}: {config.name} has {len(self.blocks)} layers; give "
+                "at most that, or --model.text.locked_until -1 for a tower that never learns"
+            )
+        lock(self, self.blocks[: config.locked_layers])
         if config.checkpointing:
             recompute_blocks(self, self.blocks)
 

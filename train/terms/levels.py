@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import SwinTransformer
 
 from train.config import MultiscaleConfig
 from train.model.image import ImageTower
@@ -109,7 +108,7 @@ def tapped(tower: ImageTower | TextTower, names: Sequence[str], *inputs: Tensor)
     finally:
         for handle in handles:
             handle.remove()
-    channels_last = isinstance(getattr(tower, "backbone", None), SwinTransformer)
+    channels_last = getattr(tower, "channels_last", False)
     return [_positions(outputs[name], channels_last) for name in names], features_BD
 
 

@@ -87,7 +87,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(config):
     model = make(config)
     groups = by_name(param_groups(model, config))
     assert groups.keys() == dict(model.named_parameters()).keys()
-    norms = (torch.nn.BatchNorm2d, torch.nn.LayerNorm)
+    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.LayerNorm)
     exempt = {"log_scale"} | {name for name in groups if name.endswith("bias")}
     for name, module in model.named_modules():
         if isinstance(module, norms):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.distributed import run_distributed
 from train.distributed import all_reduce_sum, rank, world_size
 from train.model import norm
-from train.model.norm import FrozenBatchNorm2d, GlobalBatchNorm2d, MicroBatchNorm2d
+from train.model.norm import FrozenBatchNorm, GlobalBatchNorm, MicroBatchNorm
 
 
 def plain_norm(channels: int, momentum: float = 0.1) -> nn.BatchNorm2d:
@@ -103,7 +103,7 @@ def test_channels_last_on_cpu_is_as_exact_as_fp32_can_be(threads):
         for ours_or_torchs in (actual, rough)
     )
     assert max(errors) < 1e-6
-    assert max(rough_errors) > 2 * max(errors)  # what this is for; where torch has caught up, drop _sums_are_rough
+    assert max(rough_errors) > 2 * max(errors)  # what this is for; where torch has caught up, drop _torch_sums_roughly
 
 
 @settings(max_examples=20, deadline=None)
@@ -202,9 +202,9 @@ def test_a_micro_batch_that_was_not_recorded_is_a_programming_error():
 def test_convert_keeps_weights_and_statistics_and_finds_nested_norms():
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ModuleDict({"inner": nn.Sequential(plain_norm(8))}))
     for kind, expected in {
-        "batch": MicroBatchNorm2d,
-        "sync_batch": GlobalBatchNorm2d,
-        "frozen": FrozenBatchNorm2d,
+        "batch": MicroBatchNorm,
+        "sync_batch": GlobalBatchNorm,
+        "frozen": FrozenBatchNorm,
     }.items():
         module = copy.deepcopy(plain)
         norm.convert(module, kind)

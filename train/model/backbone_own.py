@@ -1,0 +1,66 @@
+"""An image tower of the user's own: `model.image.name: my_package.MyTower`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from torch import nn
+
+from train.config import ImageTowerConfig
+from train.model.backbone import Backbone, describe
+from train.model.pretrained import load_weights, read_state_dict
+
+
+def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool) -> Backbone:
+    """An instance of the class at a dotted path.
+
+    The class derives from nn.Module; its instances make features [B, D] of normalized images, float [B, 3, H, W]. It is
+    called with those of image_size, dropout and drop_path that it has arguments for. What it may say in attributes:
+    `blocks` and `stages`, names of modules inside it from bottom to top, and `channels_last`, whether these put out
+    maps as [B, H, W, C]. Otherwise blocks are the items of its sequences and stages these sequences. The width D is
+    that of the features of a blank image.
+
+    Args:
+        config: weights (scratch or a file), dropout, drop_path.
+        image_size: height and width of the images, in pixels.
+        pretrained: False gives fresh weights whatever the config says.
+
+    Raises:
+        ValueError: there is no such class, it does not take an option, or the weights are not its own.
+    """
+    cls = _class(path)
+    takes = inspect.signature(cls).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    options: dict = {"image_size": image_size} if "image_size" in takes else {}
+    for field in ("dropout", "drop_path"):
+        if (value := getattr(config, field)) is not None:
+            if field not in takes and not anything:
+                raise ValueError(f"--model.image.{field} {value}: {path} has no such argument; leave it null")
+            options[field] = value
+    module = cls(**options)
+    if pretrained and config.weights != "scratch":
+        flag = f"--model.image.weights {config.weights}"
+        if (state := read_state_dict(config.weights)) is None:
+            raise ValueError(f"{flag}: {path} has weights in files alone; give a .safetensors or .pth file, or scratch")
+        load_weights(module, state, dict, flag, path)
+    says = {name: getattr(module, name) for name in ("blocks", "stages") if _is_names(getattr(module, name, None))}
+    return describe(module, image_size, path, channels_last=getattr(module, "channels_last", False) is True, **says)
+
+
+def _class(path: str) -> type[nn.Module]:
+    package, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--model.image.name {path} cannot be imported ({error}): run where `python -c 'import {package}'` works"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"--model.image.name {path} is not a class derived from torch.nn.Module")
+    return cls
+
+
+def _is_names(value: object) -> bool:
+    # A module with the name `blocks` is what the blocks are in, not their names.
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)

@@ -1,0 +1,97 @@
+"""timm's models as image towers: `model.image.name: timm/vit_tiny_patch16_224`; timm is imported where one is used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import ImageTowerConfig
+from train.model.backbone import Backbone, describe
+from train.model.pretrained import load_weights, read_state_dict, timm_weights
+
+FIELDS = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
+
+
+def build(name: str, config: ImageTowerConfig, image_size: int, pretrained: bool) -> Backbone:
+    """The model of that name with pooled features in place of its classifier.
+
+    Args:
+        name: without `timm/`.
+        config: weights, dropout, drop_path.
+        image_size: height and width of the images, in pixels; handed to models of a fixed size.
+        pretrained: False gives fresh weights whatever the config says.
+
+    Raises:
+        ValueError: timm is not installed; the name, the weights or an option are not the model's; the image size does
+            not fit it.
+    """
+    timm = _timm(name)
+    _check_name(timm, name)
+    options = {keyword: getattr(config, field) for field, keyword in FIELDS.items()}
+    module = _model(timm, name, image_size, {key: value for key, value in options.items() if value is not None})
+    if pretrained and config.weights != "scratch":
+        _load(timm, module, name, config.weights)
+    return describe(module, image_size, f"timm/{name}", channels_last=getattr(module, "output_fmt", "NCHW") == "NHWC")
+
+
+def _timm(name: str) -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(f"--model.image.name timm/{name} needs timm ({error}): pip install timm") from error
+
+
+def _check_name(timm: Any, name: str) -> None:
+    model, dot, tag = name.partition(".")
+    if timm.is_model(name) and not dot:
+        return
+    if timm.is_model(model):
+        raise ValueError(
+            f"--model.image.name timm/{name}: the weights have a field of their own; "
+            f"set --model.image.name timm/{model} --model.image.weights {tag}"
+        )
+    near = difflib.get_close_matches(model.lower(), timm.list_models(), n=5, cutoff=0.4) or ["resnet50"]
+    nearest = ", ".join(f"timm/{other}" for other in near)
+    raise ValueError(f"--model.image.name timm/{name} is not a timm model; the nearest are {nearest}")
+
+
+def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> nn.Module:
+    try:
+        try:
+            return timm.create_model(name, num_classes=0, img_size=image_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, num_classes=0, **options)  # takes images of any size
+    except TypeError as error:
+        for field, keyword in FIELDS.items():
+            if keyword in options and keyword in str(error):
+                message = f"--model.image.{field} {options[keyword]}: timm's {name} does not take it; leave it null"
+                raise ValueError(message) from error
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--data.image_size {image_size} does not fit --model.image.name timm/{name}: {error}"
+        ) from error
+
+
+def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
+    state = read_state_dict(weights) or timm_weights(timm, name, weights)
+    # A classifier's tensors, under whatever names.
+    with torch.device("meta"):
+        head = set(timm.create_model(name, num_classes=10).state_dict()) - set(module.state_dict())
+    # timm's own translation of older names, and of position embeddings of another image size.
+    source = vars(sys.modules[timm.models.model_entrypoint(name).__module__])
+    translate = source.get("checkpoint_filter_fn") or source.get("_filter_fn")
+
+    def by_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if translate is not None:
+            state = translate(dict(state), module)
+        return {key: value for key, value in state.items() if key not in head}
+
+    load_weights(module, state, by_name, f"--model.image.weights {weights}", f"timm/{name}")

@@ -1,0 +1,110 @@
+"""torchvision's classification models as image towers: `model.image.name: resnet50`."""
+
+from __future__ import annotations
+
+import difflib
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import SwinTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from train.config import ImageTowerConfig
+from train.model.backbone import Backbone
+from train.model.layers import find_blocks, find_stages, is_container
+from train.model.pretrained import load_weights, read_state_dict, torchvision_weights
+
+HEADS = ("fc", "classifier", "head", "heads")
+FIELDS = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
+
+
+def build(name: str, config: ImageTowerConfig, image_size: int, pretrained: bool) -> Backbone:
+    """The model of that name without its last linear layer.
+
+    Args:
+        config: weights, dropout, drop_path.
+        image_size: height and width of the images, in pixels.
+        pretrained: False gives fresh weights whatever the config says.
+
+    Raises:
+        ValueError: the name, the weights or an option are not the model's, or the image size does not fit it.
+    """
+    module = _model(name, config, image_size)
+    width, head = _remove_head(module, name)
+    if pretrained and config.weights != "scratch":
+        _load(module, name, config.weights, head, image_size)
+    blocks = find_blocks(module, is_container)
+    stages = [stage for stage in find_stages(module, blocks) if isinstance(module.get_submodule(stage), nn.Sequential)]
+    return Backbone(module, width, blocks, stages, channels_last=isinstance(module, SwinTransformer))
+
+
+def names() -> list[str]:
+    """The models that there are."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _model(name: str, config: ImageTowerConfig, image_size: int) -> nn.Module:
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known
+        raise ValueError(
+            f"--model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}; "
+            f"one of timm's is timm/{name}, one of your own the dotted path of its class"
+        )
+    options: dict = {}
+    if name.startswith("vit_"):
+        patch = _patch_size(name)
+        if image_size % patch:
+            raise ValueError(f"--data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
+        options["image_size"] = image_size
+    elif name.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    options |= {
+        keyword: getattr(config, field) for field, keyword in FIELDS.items() if getattr(config, field) is not None
+    }
+    try:
+        return torchvision.models.get_model(name, weights=None, **options)
+    except TypeError as error:
+        for field, keyword in FIELDS.items():
+            if keyword in options and keyword in str(error):
+                message = (
+                    f"--model.image.{field} {options[keyword]}: torchvision's {name} does not take it; leave it null"
+                )
+                raise ValueError(message) from error
+        raise
+    except ValueError as error:
+        raise ValueError(f"--data.image_size {image_size} does not fit --model.image.name {name}: {error}") from error
+
+
+def _patch_size(vit: str) -> int:
+    return int(vit.rpartition("_")[2])
+
+
+def _remove_head(module: nn.Module, name: str) -> tuple[int, str]:
+    """Replaces the last linear layer by the identity; returns its input width and its name."""
+    for attribute in HEADS:
+        head = getattr(module, attribute, None)
+        if isinstance(head, nn.Linear):
+            setattr(module, attribute, nn.Identity())
+            return head.in_features, attribute
+        if isinstance(head, nn.Sequential):
+            last, linear = list(head.named_children())[-1]
+            if isinstance(linear, nn.Linear):
+                setattr(head, last, nn.Identity())
+                return linear.in_features, f"{attribute}.{last}"
+    raise ValueError(f"--model.image.name {name} does not end in a linear layer; use another, such as resnet50")
+
+
+def _load(module: nn.Module, name: str, weights: str, head: str, image_size: int) -> None:
+    state = read_state_dict(weights) or torchvision_weights(name, weights)
+
+    def by_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = {key: value for key, value in state.items() if not key.startswith((f"{head}.", "AuxLogits.", "aux"))}
+        if name.startswith("vit_"):
+            # Position embeddings of another image size are interpolated (arXiv 2010.11929, section 3.2).
+            state = interpolate_embeddings(image_size, _patch_size(name), state)
+        return state
+
+    load_weights(module, state, by_name, f"--model.image.weights {weights}", name)
