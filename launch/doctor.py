@@ -16,6 +16,7 @@ from dataclasses import replace
 from launch import checks, inputs
 from launch.findings import Finding, as_json, fail, table, worst
 from train import cli, distributed
+from train.engine.start import start
 
 
 def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options, run = parser.parse_known_args(argv)
     try:
         config = cli.parse(run)
-        distributed.start()
+        start()
     except ValueError as error:
         print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.stages.slots import check_batch
 from train.config import RunConfig
-from train.engine.precision import BUCKET_ELEMENTS
+from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
 from train.terms.levels import STAGES
 

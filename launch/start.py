@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     launcher = subprocess.Popen(
-        # The name after the code is how train.distributed finds what was asked for on the command line above its own.
+        # By the name after the code train.engine.launcher finds this command line, and with it what was asked for.
         [sys.executable, "-c", "from launch.start import launch; launch()", "accelerate.commands.launch", *arguments],
         env={**os.environ, "PYTHONPATH": path, "DUET_STOP_FD": str(stop_fd)},
         pass_fds=[stop_fd],

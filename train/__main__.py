@@ -12,10 +12,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 a failure, 2 the user's mistake, 85 a signal (state saved), 130 interrupted."""
     try:
         config = cli.parse(argv)
-        from train import distributed, loop  # after parsing: --help and a mistake answer without loading torch
+        from train import loop  # after parsing: --help and a mistake answer without loading torch
+        from train.engine.start import stop
 
         status = loop.run(config)
-        distributed.stop()
+        stop()
         return status
     except ValueError as error:
         if os.environ.get("DUET_DEBUG"):

@@ -12,6 +12,7 @@ from typing import Literal
 from data_pipeline.config import DataConfig, machine
 
 Norm = Literal["batch", "sync_batch", "group", "frozen"]
+TOWERS = ("image", "text")
 
 
 @dataclass

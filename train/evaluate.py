@@ -18,8 +18,9 @@ from data_pipeline.tokenizer import Tokenizer
 from train import cli
 from train.checkpoint import load_model
 from train.config import EvalTask, RunConfig
-from train.distributed import is_main, start
+from train.distributed import is_main
 from train.engine import precision
+from train.engine.start import start
 from train.evaluation import TASKS, build_task, find_task
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import given_tasks
@@ -41,7 +42,8 @@ def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float]]:
         config.data.workers = options.workers
     tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
     model.to(accelerator.device)
-    encoder = Encoder(model, config, tokenizer, autocast=partial(precision.autocast, accelerator))
+    autocast = partial(precision.autocast, accelerator.device, accelerator.mixed_precision)
+    encoder = Encoder(model, config, tokenizer, autocast=autocast)
     return task, task.measure(encoder).metrics
 
 

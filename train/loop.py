@@ -18,7 +18,10 @@ from train.checks import check
 from train.config import RunConfig
 from train.engine.balance import Balance
 from train.engine.base import Engine
+from train.engine.build import engine_of_run
 from train.engine.ema import WeightAverage
+from train.engine.optim import set_lrs
+from train.engine.start import start
 from train.evaluation import find_task
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
@@ -58,7 +61,7 @@ def run(config: RunConfig) -> int:
     """
     check(config)
     stop = StopRequest()
-    accelerator = distributed.start()
+    accelerator = start()
     with open_run(config) as directory:
         if results := read_results(directory):
             announce(directory, results, "is finished already; choose another --name to train anew")
@@ -77,7 +80,7 @@ def train(run: Run) -> int:
         micro_batches = fetch(batches, share, engine.device)
         waited = time.perf_counter() - clock
         multipliers = run.balance.multipliers()
-        lrs = engine.set_lrs(state.step, run.steps, multipliers)
+        lrs = set_lrs(engine.optimizer, state.step, run.steps, config.optim, multipliers)
         measure = run.balance.due(state.step) or due(state.step + 1, config.tracking.diagnostics_every)
         metrics = training_step(engine, micro_batches, config, measure)
         run.balance.update(state.step, metrics)
@@ -187,7 +190,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
                 "Give the data of before, or choose another --name"
             )
         checkpoint.load_weights(found, model)
-    engine = Engine(accelerator, model, config)
+    engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, config.optim.ema)
     if found is not None:
         restore(found, engine, average, state)

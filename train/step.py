@@ -21,7 +21,7 @@ from data_pipeline.samples.text import name_bytes
 from train import distributed
 from train.config import LossConfig, RunConfig
 from train.engine.base import Engine
-from train.engine.meter import embedding_metrics
+from train.engine.embedding import embedding_metrics
 from train.model import norm
 from train.terms.objective import objective
 
@@ -36,7 +36,7 @@ def training_step(
 
     Args:
         micro_batches: this process's share of the step, in order, on the engine's device.
-        measure: also return what train.engine.meter measures.
+        measure: also return what train.engine's meter and embedding measure.
 
     Returns:
         Metrics of the step, the same on every rank.
@@ -48,14 +48,14 @@ def training_step(
     # Before the forward, which reading them from a GPU would wait for.
     ids = row_ids(micro_batches, config.loss)
 
-    engine.exchange(now=not cached)
+    engine.announce_backward(last=not cached)
     with norm.recording(engine.module):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
     losses, gradients = loss_gradients(outputs, config, *ids)
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
-        engine.exchange(now=number == len(parts))
+        engine.announce_backward(last=number == len(parts))
         output = engine.forward(*part) if cached else outputs[0]
         engine.backward(torch.stack([(output[name] * value).sum() for name, value in gradient.items()]).sum())
 

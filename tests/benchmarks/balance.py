@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.batches import random_batch
-from train import cli, distributed
+from train import cli
 from train.config import RunConfig
 from train.engine.balance import Balance
-from train.engine.base import Engine
+from train.engine.build import engine_of_run
+from train.engine.optim import set_lrs
+from train.engine.start import start
 from train.model.pair import build_model
 from train.step import training_step
 
@@ -60,7 +62,7 @@ def measure(config: RunConfig, pairs: int) -> dict[str, float]:
     config.balance.kind, config.model.text.weights = "gradient", "scratch"
     if not Path(config.model.text.name).is_dir():
         config.model.text.name = "bert-base-uncased"
-    engine = Engine(distributed.start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    engine = engine_of_run(start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
     balance, every = Balance(config, {}), config.balance.every
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
     steps: dict[bool, list[dict[str, float]]] = {False: [], True: []}
@@ -70,7 +72,7 @@ def measure(config: RunConfig, pairs: int) -> dict[str, float]:
         step = every * (number + 3) - 1 if measured else every * (number + 3)
         batch = [one.to(engine.device) for one in random_batch(config, max(number, 0))]
         began = {name: clock() for name, clock in clocks.items()}
-        engine.set_lrs(number + 2, 2 * pairs + 2, balance.multipliers())
+        set_lrs(engine.optimizer, number + 2, 2 * pairs + 2, config.optim, balance.multipliers())
         metrics = training_step(engine, batch, config, measured)
         balance.update(step, metrics)
         if torch.cuda.is_available():

@@ -70,8 +70,8 @@ def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[st
     os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     from transformers import BertConfig
 
-    from train import distributed
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
+    from train.engine.start import start
     from train.model.pair import build_model
     from train.step import training_step
 
@@ -84,10 +84,10 @@ def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[st
     )
     config.train.micro_batch, config.train.global_batch = micro_batch, MICRO_BATCHES * micro_batch
     config.train.resident = fields.get("resident", 1)
-    accelerator = distributed.start()
+    accelerator = start()
     on_gpu = accelerator.device.type == "cuda"
     empty = 0 if on_gpu else memory("VmRSS")
-    engine = Engine(accelerator, build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    engine = engine_of_run(accelerator, build_model(config, (0.5,) * 3, (0.25,) * 3), config)
     for step in range(2):
         batches = [batch.to(engine.device) for batch in random_batch(config, step)]
         if on_gpu:

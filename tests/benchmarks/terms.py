@@ -24,9 +24,10 @@ from transformers import BertConfig
 from data_pipeline.batch import MicroBatch
 from launch.memory import plan
 from tests.benchmarks.batches import random_batch
-from train import distributed
 from train.config import RunConfig
-from train.engine.base import Engine
+from train.engine import Engine
+from train.engine.build import engine_of_run
+from train.engine.start import start
 from train.model.pair import build_model
 from train.step import training_step
 
@@ -70,7 +71,7 @@ def timed(engine: Engine, batches: list[MicroBatch], config: RunConfig) -> tuple
 
 def measure(size: str, variants: Sequence[str], steps: int, bf16: bool, accelerator, directory: str) -> dict:
     configs = {name: configure(size, directory, *VARIANTS[name]) for name in ("plain", *variants)}
-    engines = {name: Engine(accelerator, build_model(one, *STATISTICS), one) for name, one in configs.items()}
+    engines = {name: engine_of_run(accelerator, build_model(one, *STATISTICS), one) for name, one in configs.items()}
     batches = {
         name: [batch.to(accelerator.device) for batch in random_batch(config)] for name, config in configs.items()
     }
@@ -110,7 +111,7 @@ def main() -> None:
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: at least 1")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    accelerator = distributed.start()
+    accelerator = start()
     results: dict = {"device": str(accelerator.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     for size in args.size:
         with tempfile.TemporaryDirectory() as directory:

@@ -20,16 +20,14 @@ ZERO_STAGES["cpu_zero3"] = 3
 PROBE = """
 import torch
 from train import distributed
-from train.engine.precision import deepspeed_config
-accelerator = distributed.start()
-precision = accelerator.mixed_precision
+from train.engine import build_engine
+from train.engine.start import start
+accelerator = start()
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
-deepspeed_config(accelerator, micro_batch=4, clip_grad=1.0)
-model, optimizer = accelerator.prepare(model, optimizer)
-stage = accelerator.state.deepspeed_plugin.zero_stage if accelerator.state.deepspeed_plugin else 0
-print(f"rank {distributed.rank()} of {distributed.world_size()}: {type(model).__name__} zero {stage} "
-      f"{precision}", flush=True)
+engine = build_engine(accelerator, model, optimizer, blank=dict, micro_batch=4, clip_grad=1.0)
+print(f"rank {distributed.rank()} of {distributed.world_size()}: {type(engine.wrapped).__name__} "
+      f"zero {getattr(engine, 'stage', 0)} {engine.precision}", flush=True)
 """
 
 

@@ -18,7 +18,7 @@ from tests.support.server import serve
 from tests.support.small import write_data
 from tests.support.vocabulary import write_tokenizer
 from train.config import RunConfig
-from train.engine.precision import BUCKET_ELEMENTS
+from train.engine.zero import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.image.name=resnet18", "--model.text.weights=scratch", "--data.image_size=64", "--data.max_tokens=16"]

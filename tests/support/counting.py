@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 from train import distributed
+from train.engine.start import start
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 
 
 def main(directory: Path, steps: int) -> int:
     stop = StopRequest()
-    distributed.start()
+    start()
     checkpoint = directory / "checkpoint"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     while step < steps:

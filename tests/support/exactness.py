@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,27 +164,12 @@ def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool
     os.environ["ACCELERATE_USE_CPU"] = "false" if gpu else "true"
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     from train import distributed
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
+    from train.engine.start import start
     from train.model.pair import build_model
     from train.step import training_step
 
-    class Capturing(Engine):
-        """Keeps the gradients and makes no update."""
-
-        def step(self) -> tuple[float, bool]:
-            self.gradients = {name: _whole_gradient(self, p) for name, p in self.module.named_parameters()}
-            if self.zero_stage:
-                self.wrapped.optimizer.zero_grad()
-                averaged = self.wrapped.optimizer.averaged_gradients
-                if self.zero_stage == 3:
-                    averaged.clear()
-                else:  # in place: parameters keep a reference to this dictionary
-                    averaged.update(dict.fromkeys(averaged))
-            else:
-                self.optimizer.zero_grad(set_to_none=True)
-            return 0.0, False
-
-    accelerator = distributed.start()
+    accelerator = start()
     results, engines, references = [], {}, {}
     for case in cases:
         config = make_config(text_tower, case.loss, global_batch=BATCH)
@@ -193,7 +179,8 @@ def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool
         if kind not in engines:
             references[kind] = plain_gradients(config, bf16, accelerator.device)
             model = build_model(config, (0.5,) * 3, (0.25,) * 3)
-            engines[kind] = Capturing(accelerator, model, config)
+            engines[kind] = engine_of_run(accelerator, model, config)
+            engines[kind].step = partial(keep_gradients, engines[kind])
         engine, (expected_loss, expected) = engines[kind], references[kind]
         own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
         own = [batch.to(accelerator.device) for batch in own]
@@ -210,12 +197,23 @@ def counts(parameter: str) -> bool:
     return not parameter.endswith("attention.self.key.bias")
 
 
-def _whole_gradient(engine, parameter) -> Tensor:
-    if engine.zero_stage:
-        from deepspeed.utils import safe_get_full_grad
+def keep_gradients(engine) -> tuple[float, bool]:
+    """In place of an engine's step: keeps whole gradients as `engine.gradients` and makes no update."""
+    parameters = dict(engine.module.named_parameters())
+    if not engine.sharded:
+        engine.gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        engine.optimizer.zero_grad(set_to_none=True)
+        return 0.0, False
+    from deepspeed.utils import safe_get_full_grad
 
-        return safe_get_full_grad(parameter).clone()
-    return parameter.grad.clone()
+    engine.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters.items()}
+    engine.wrapped.optimizer.zero_grad()
+    averaged = engine.wrapped.optimizer.averaged_gradients
+    if engine.stage == 3:
+        averaged.clear()
+    else:  # in place: parameters keep a reference to this dictionary
+        averaged.update(dict.fromkeys(averaged))
+    return 0.0, False
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

@@ -18,8 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from train.config import RunConfig
-from train.engine.meter import TOWERS
+from train.config import TOWERS, RunConfig
 
 
 class Balance:
@@ -27,7 +26,7 @@ class Balance:
 
     Args:
         config: the run's.
-        state: what a resumed run goes on from, changed in place; empty at the start of a run.
+        state: what a resumed run starts from, changed in place; empty at the start of a run.
 
     Where a tower is locked, there is nothing to balance: both multipliers are 1 and nothing is measured.
     """

@@ -1,7 +1,7 @@
 """The exponential moving average of the weights, which is what is evaluated and exported where `optim.ema` is set.
 
-Every rank averages what it holds itself: whole parameters, or its part of them under ZeRO-3. So an update exchanges
-nothing, and only a checkpoint gathers.
+Every rank averages what it holds itself, whole parameters or its part of them. So an update exchanges nothing, and only
+a checkpoint gathers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.engine.base import Engine
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights, after every step; starts at the weights of now.
+    """average <- decay * average + (1 - decay) * weights, after every step; starts at the current weights.
 
     Args:
         decay: in [0, 1); 0 averages nothing, and every method leaves the weights as they are.
@@ -24,22 +24,22 @@ class WeightAverage:
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay = engine, decay
-        self.average = [tensor.clone() for tensor in self._weights()] if decay else []
+        self.average = [tensor.clone() for tensor in engine.own_weights()] if decay else []
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
         if self.decay:
-            torch._foreach_lerp_(self.average, self._weights(), 1 - self.decay)
+            torch._foreach_lerp_(self.average, self.engine.own_weights(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the model has the averaged weights; no step may be made there."""
-        self._exchange()
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by name, on the CPU, on rank 0; empty elsewhere and without EMA. A collective."""
@@ -53,26 +53,20 @@ class WeightAverage:
         """Put saved averages back, whatever engine and world size they were saved from; a collective."""
         if not self.decay:
             return
-        before = [tensor.clone() for tensor in self._weights()]
+        before = [tensor.clone() for tensor in self.engine.own_weights()]
         self.engine.set_weights(weights)
-        for average, weight in zip(self.average, self._weights(), strict=True):
+        for average, weight in zip(self.average, self.engine.own_weights(), strict=True):
             average.copy_(weight)
-        for weight, kept in zip(self._weights(), before, strict=True):
+        for weight, kept in zip(self.engine.own_weights(), before, strict=True):
             weight.copy_(kept)
-
-    def _weights(self) -> list[Tensor]:
-        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
-        # ZeRO-3 keeps the rank's part in ds_tensor.
-        return [p.ds_tensor.data if hasattr(p, "ds_tensor") else p.data for p in parameters]
+        self.engine.weights_replaced()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         if not self.decay:
             return
-        for parameter in self.engine.module.parameters():
-            if hasattr(parameter, "ds_tensor") and parameter.data.numel() == parameter.ds_numel:
-                parameter.partition()  # small ones are kept whole beside their part: have them gathered anew
-        for average, weight in zip(self.average, self._weights(), strict=True):
+        for average, weight in zip(self.average, self.engine.own_weights(), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+        self.engine.weights_replaced()

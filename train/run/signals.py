@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_PREEMPTED = 85
@@ -17,19 +19,26 @@ class StopRequest:
 
     Nothing is saved inside the handler, since the step that it interrupts is half done. A second INT ends the process
     at once, for the user who does not want to wait for the step.
+
+    In a thread that is not the main one, which is the only one that Python lets install handlers, it catches nothing:
+    the program around it has its own way to be stopped.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        for name in SIGNALS:
-            # What is ignored already stays so: nohup has a run outlive its terminal.
-            if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN or name != "SIGHUP":
-                signal.signal(getattr(signal, name), self._receive)
+        self._handle(self._receive)
 
     def ignore_further(self) -> None:
         """Before leaving: Python drops handlers while it exits, and a late signal would replace the exit status."""
+        self._handle(signal.SIG_IGN)
+
+    def _handle(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for name in SIGNALS:
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+            # What is ignored already stays so: nohup has a run outlive its terminal.
+            if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN or name != "SIGHUP":
+                signal.signal(getattr(signal, name), handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.name == "SIGINT" and number == signal.SIGINT:

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.support.distributed import run_distributed
 from tests.support.exactness import engine_environment, make_batch, make_config, write_text_tower
 from train.checkpoint import load_state
-from train.config import BalanceConfig, RunConfig
-from train.engine.meter import ROWS, TOWERS, effective_rank, embedding_metrics
+from train.config import TOWERS, BalanceConfig, RunConfig
+from train.engine.embedding import ROWS, effective_rank, embedding_metrics
 
 ENGINES = ("ddp", "zero2", "zero3")
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
@@ -36,8 +36,9 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     from train import checkpoint, distributed
     from train.checkpoint import TrainState
     from train.engine.balance import Balance
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
+    from train.engine.optim import set_lrs
     from train.loop import collect, restore
     from train.model.pair import build_model
     from train.step import training_step
@@ -47,14 +48,14 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     if found is not None:
         state = checkpoint.load_state(found)
         checkpoint.load_weights(found, model)
-    engine = Engine(accelerator, model, config)
+    engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, 0.0)
     if found is not None:
         restore(found, engine, average, state)
     balance, share = Balance(config, state.balance), config.train.resident
     run = Trained([], [], [whole_weights(engine)])
     for _ in range(steps):
-        engine.set_lrs(state.step, 10, balance.multipliers())
+        set_lrs(engine.optimizer, state.step, 10, config.optim, balance.multipliers())
         own = make_batch(config, state.step)[distributed.rank() * share : (distributed.rank() + 1) * share]
         measure = config.tracking.diagnostics_every > 0
         run.metrics.append(training_step(engine, own, config, measure))
@@ -69,6 +70,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
 def runs_of_a_rank(text_tower: str, directory: str) -> dict:
     """Balanced runs, straight and interrupted, with references; and runs without balance, measured and not."""
     from train import distributed
+    from train.engine.start import start
 
     config = make_config(text_tower, "tiled", global_batch=16)
     # A smooth problem: BatchNorm over few values would amplify rounding. A bias that does not divide by the ranks.
@@ -76,7 +78,7 @@ def runs_of_a_rank(text_tower: str, directory: str) -> dict:
     config.optim.clip_grad, config.model.image.lr, config.model.text.lr = CLIP, 1e-3, 3e-4
     config.train.resident = 4 // distributed.world_size()
     config.balance = BalanceConfig(kind="progress", every=1, strength=0.4)
-    accelerator, root = distributed.start(), Path(directory)
+    accelerator, root = start(), Path(directory)
     straight = train(accelerator, config, 3, root / "straight")
     steps = enumerate(itertools.pairwise(straight.weights))
     expected = [reference(before, after, make_batch(config, step), config) for step, (before, after) in steps]

@@ -23,8 +23,10 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     """Load the newest checkpoint of `source`, make `count` steps, save to `target`; loss and norm of each step."""
     from train import checkpoint, distributed
     from train.checkpoint import TrainState
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
+    from train.engine.optim import set_lrs
+    from train.engine.start import start
     from train.loop import collect, restore
     from train.model.pair import build_model
     from train.step import training_step
@@ -33,20 +35,20 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     config.optim.lr, config.optim.ema = 1e-3, DECAY
     config.model.max_logit_scale = 14.0  # just below where scales start, so that every engine has to clamp them
     config.model.image.norm = "group"  # a smooth problem: BatchNorm over few values would amplify rounding
-    accelerator = distributed.start()
+    accelerator = start()
     model, state = build_model(config, *STATISTICS), TrainState()
     found = checkpoint.newest(Path(source)) if source else None
     if found is not None:
         state = checkpoint.load_state(found)
         checkpoint.load_weights(found, model)
-    engine = Engine(accelerator, model, config)
+    engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, DECAY)
     if found is not None:
         restore(found, engine, average, state)
     share = 8 // distributed.world_size()
     results = []
     for _ in range(count):
-        engine.set_lrs(state.step, 10)
+        set_lrs(engine.optimizer, state.step, 10, config.optim)
         own = make_batch(config, state.step)[distributed.rank() * share : (distributed.rank() + 1) * share]
         metrics = training_step(engine, own, config)
         average.update()

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from train import distributed
+from train.engine.launcher import Launcher, check_world_size, launch_options
+from train.engine.start import start
 
 ROOT = Path(__file__).parents[3]
 
 REPORT = """
 import atexit, os, sys, torch
 from train import distributed
+from train.engine.start import start
 atexit.register(lambda: os.write(1, f"LEFT {not torch.distributed.is_initialized()}\\n".encode()))
 try:
-    accelerator = distributed.start()
+    accelerator = start()
 except ValueError as error:
     print("error:", error)
     sys.exit(2)
@@ -28,7 +30,8 @@ os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece, or tw
 FAILS = """
 import time, torch
 from train import distributed
-distributed.start()
+from train.engine.start import start
+start()
 distributed.all_reduce_sum(torch.ones(1))
 if distributed.rank() == 1:
     print("FAILS AT", time.time(), flush=True)
@@ -118,22 +121,22 @@ def test_the_default_config_file_counts(tmp_path):
 def test_the_environment_asks_too(monkeypatch, name):
     monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match=f"{name}=2.* 1 process"):
-        distributed.check_world_size()
+        check_world_size()
     monkeypatch.setenv(name, "1")
-    distributed.check_world_size()
+    check_world_size()
 
 
 def test_a_range_of_processes_may_be_asked_for(monkeypatch):
     monkeypatch.setenv("DUET_PROCESSES", "1:4")
-    distributed.check_world_size()
+    check_world_size()
     monkeypatch.setenv("DUET_PROCESSES", "2:4")
     with pytest.raises(ValueError, match=r"DUET_PROCESSES=2:4.* 1 process"):
-        distributed.check_world_size()
+        check_world_size()
 
 
 def test_machines_that_do_not_divide_the_world_are_refused():
     with pytest.raises(ValueError, match="num_machines 2"):
-        distributed.check_world_size(distributed.Launcher(None, 2, False, "in a file"))
+        check_world_size(Launcher(None, 2, False, "in a file"))
 
 
 def test_duet_processes_overrules(tmp_path):
@@ -152,14 +155,14 @@ def test_a_failing_rank_ends_all(tmp_path):
 def test_other_precisions_are_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="mixed_precision: fp16"):
-        distributed.start()
+        start()
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1", "2:two"])
 def test_a_bad_number_is_refused(monkeypatch, value):
     monkeypatch.setenv("DUET_PROCESSES", value)
     with pytest.raises(ValueError, match=f"DUET_PROCESSES={value.split(':')[-1]}"):
-        distributed.check_world_size()
+        check_world_size()
 
 
 @pytest.mark.parametrize(
@@ -180,4 +183,4 @@ def test_a_bad_number_is_refused(monkeypatch, value):
     ],
 )
 def test_launch_options(arguments, expected):
-    assert distributed.launch_options(arguments.split()) == expected
+    assert launch_options(arguments.split()) == expected

@@ -16,14 +16,16 @@ def steps(text_tower: str) -> list[tuple[float, bool, int]]:
     The tower learns from the second step on. In the third, one element of the last rank's gradient is not finite.
     """
     from train import distributed
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
+    from train.engine.optim import set_lrs
+    from train.engine.start import start
     from train.model.pair import build_model
     from train.step import training_step
 
     config = make_config(text_tower, "tiled", global_batch=32)
     config.model.image.locked_until = 1
     config.optim.clip_grad = 1e-3  # far below the norm: clipping has to leave what is returned alone
-    engine = Engine(distributed.start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    engine = engine_of_run(start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
     watched = engine.module.image.backbone.layer1[0].conv1.weight
     share, last = 8 // distributed.world_size(), distributed.rank() == distributed.world_size() - 1
     poison = torch.zeros_like(engine.full_parameter(engine.module.image_projection.weight))
@@ -32,7 +34,7 @@ def steps(text_tower: str) -> list[tuple[float, bool, int]]:
     for step in range(4):
         poison[0, 0] = math.inf if step == 2 and last else 0
         before = engine.full_parameter(watched).clone()
-        engine.set_lrs(step, 10)
+        set_lrs(engine.optimizer, step, 10, config.optim)
         own = make_batch(config, step)[distributed.rank() * share : (distributed.rank() + 1) * share]
         metrics = training_step(engine, own, config)
         assert metrics["skipped"] == (step == 2)

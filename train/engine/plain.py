@@ -1,0 +1,68 @@
+"""The engine of one process, and of several under DDP: every rank holds the whole model and its optimizer state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.engine.base import MOMENTS, Engine
+
+
+class PlainEngine(Engine):
+    """torch alone; in one process there is no wrapper."""
+
+    sharded = False
+
+    def _prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            # "evaluation" leaves out DDP, which Accelerate would put around one process as well.
+            return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+        # Said of 1 x 1 convolutions, whose strides differ in name only.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            return accelerator.prepare(model, optimizer)
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def announce_backward(self, last: bool) -> None:
+        if self.wrapped is not self.module:
+            self.wrapped.require_backward_grad_sync = last  # what DDP.no_sync sets, for forward and backward
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> tuple[float, bool]:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf))
+        applied = math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, applied
+
+    def own_weights(self) -> list[Tensor]:
+        return [parameter.data for _, parameter in self._trainable()]
+
+    def weights_replaced(self) -> None:
+        pass  # nothing is gathered
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return self.inner_optimizer.state[parameter][key]
+
+    def _load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+        optimizer = self.inner_optimizer
+        names = {id(parameter): name for name, parameter in self._trainable()}
+        ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {"step": torch.tensor(float(updates)), **{key: moments[f"{name}.{key}"] for key in MOMENTS}}
+            for index, name in enumerate(ordered)
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
