@@ -56,9 +56,11 @@ def model_seed(seed: int) -> int:
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
     """Of dropout in micro-batch `index` of a step."""
-    return hash63(f"{seed}/{step}/{index}".encode())
+    return hash63(f"{seed}/{step}/{index}")
 
 
-def hash63(data: bytes) -> int:
-    """63 bits of a hash (BLAKE2b): a number for int64 tensors that is equal for equal bytes."""
+def hash63(text: str) -> int:
+    """63 bits of a hash (BLAKE2b): a number for int64 tensors that is equal for equal texts."""
+    # Names of files and tar members need not be UTF-8; surrogateescape gives their bytes back.
+    data = text.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1

@@ -6,6 +6,7 @@ Between stages a sample is a dict, as everywhere in webdataset: "__key__", then 
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from data_pipeline.samples.text import check_captions, pick_caption, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.seeds import view_seed
 from data_pipeline.stages.readers import Readers
-from data_pipeline.stages.slots import SLOT, Slot, sample_name, shard_name
+from data_pipeline.stages.slots import SLOT, Slot
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,12 @@ class Decode:
         self.transform, self.caption, self.extras = train_transform(config), config.caption, extras
 
     def __call__(self, raw: dict, slot: Slot) -> dict:
-        """Raises BadSample."""
+        """The decoded sample, which takes the slot. Raises BadSample."""
         data, captions, label = split(raw)
         rng = random.Random(slot.seed)
         image = self.transform(data, rng)
         caption = pick_caption(captions, self.caption, rng)
-        slot.name = sample_name(raw)
-        for record in slot.bad:
-            record["replaced_by"] = slot.name
+        slot.take(raw)
         sample = {"__key__": raw["__key__"], SLOT: slot, "image": image, "caption": caption, "cls": label, "rng": rng}
         if self.extras.second_view:
             # A seed of its own: the first view and the caption are those of a run without.
@@ -60,35 +59,22 @@ class DecodeOrReplace:
 
     def __call__(self, sample: dict) -> dict:
         """Raises ValueError where a shard has no good sample at all."""
-        slot, raw = sample[SLOT], sample
-        place = slot.place
-        size = self.readers.size(place.source, place.shard)
-        for distance in range(size):
-            if distance:
-                raw = self.readers.raw(place.source, place.shard, (place.index + distance) % size)
-            try:
+        slot = sample[SLOT]
+        try:
+            return self.decode(sample, slot)
+        except BadSample as error:
+            slot.refuse(sample, error.cause)
+        size = self.readers.size(slot.place.source, slot.place.shard)
+        for distance in range(1, size):
+            raw = self.readers.raw(slot.place.source, slot.place.shard, (slot.place.index + distance) % size)
+            # A bad neighbour is recorded in its own slot: each bad sample counts once.
+            with contextlib.suppress(BadSample):
                 decoded = self.decode(raw, slot)
-            except BadSample as error:
-                if not distance:  # Bad neighbours are recorded at their own places: each bad sample counts once.
-                    slot.bad.append(bad_record(slot, raw, error))
-                continue
-            sample["__key__"] = raw["__key__"]  # webdataset.map gives its result the key of what went in
-            return decoded
+                sample["__key__"] = raw["__key__"]  # webdataset.map gives its result the key of what went in
+                return decoded
         raise ValueError(
-            f"shard {raw['__shard__']}: not one of its {size} samples can be used; the first: {slot.bad[0]['cause']}"
+            f"shard {sample['__shard__']}: not one of its {size} samples can be used; the first: {slot.bad[0]['cause']}"
         )
-
-
-def bad_record(slot: Slot, raw: dict, error: BadSample) -> dict:
-    """A line of the ledger."""
-    return {
-        "step": slot.step,
-        "row": slot.row,
-        "shard": shard_name(raw["__shard__"]),
-        "key": raw["__key__"],
-        "cause": error.cause,
-        "replaced_by": "",
-    }
 
 
 class UserStage:

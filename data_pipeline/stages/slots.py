@@ -32,6 +32,18 @@ class Slot:
     bad: list[dict] = field(default_factory=list)
     """Ledger records of the bad samples that this one replaces."""
 
+    def refuse(self, raw: dict, cause: str) -> None:
+        """Record that a sample is bad, until another takes its place."""
+        shard, key = shard_name(raw["__shard__"]), raw["__key__"]
+        record = {"step": self.step, "row": self.row, "shard": shard, "key": key, "cause": cause, "replaced_by": ""}
+        self.bad.append(record)
+
+    def take(self, raw: dict) -> None:
+        """Record which sample is consumed here."""
+        self.name = sample_name(raw)
+        for record in self.bad:
+            record["replaced_by"] = self.name
+
 
 @dataclass(frozen=True)
 class Share:

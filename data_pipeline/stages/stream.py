@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.samples.image import BadSample
 from data_pipeline.seeds import stream_epoch_seed, stream_sample_seed
-from data_pipeline.stages.decode import Decode, bad_record
+from data_pipeline.stages.decode import Decode
 from data_pipeline.stages.slots import Share, Slot
 from data_pipeline.stages.workers import of_this_worker
 from data_pipeline.storage.remote import is_remote, open_remote
@@ -72,7 +72,7 @@ class StreamDecode:
             try:
                 return self.decode(raw, slot)
             except BadSample as error:
-                slot.bad.append(bad_record(slot, raw, error))
+                slot.refuse(raw, error.cause)
                 if len(slot.bad) == MOST_BAD:
                     raise ValueError(
                         f"--data.train: {MOST_BAD:,} bad samples in a row; the last: {error.cause}"
