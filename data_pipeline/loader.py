@@ -89,14 +89,14 @@ def stream_loader(
     Raises ValueError where there are fewer shards than loader processes.
     """
     if not isinstance(config.train, str):
-        raise ValueError("--data.train: stream mode reads one pattern of shards, not a list of sources")
+        raise ValueError("data.train: stream mode reads one pattern of shards, not a list of sources")
     urls = expand([config.train])
     processes = world * max(config.workers, 1)
     if len(urls) < processes:
         raise ValueError(
-            f"--data.train {config.train} has {len(urls)} shards for {processes} loader processes ({world} ranks with "
-            f"--data.workers {config.workers}), each of which streams shards of its own: lower --data.workers, or use "
-            f"--data.mode indexed"
+            f"data.train {config.train} has {len(urls)} shards for {processes} loader processes ({world} ranks with "
+            f"data.workers {config.workers}), each of which streams shards of its own: lower data.workers, or use "
+            f"data.mode indexed"
         )
     share = share_of(rank, world, global_batch, micro_batch, start_step, stop_step)
     source = StreamSource(urls, stream_seed(seed, start_step), rank, world)
@@ -125,7 +125,7 @@ def eval_loader(
     out and recorded in `bad`.
     """
     if batch < 1:
-        raise ValueError(f"--eval.batch is {batch}: at least 1")
+        raise ValueError(f"batch is {batch}: at least 1")
     positions = sequential([shard.nsamples for shard in manifest.shards])
     own = positions[rank * len(positions) // world : (rank + 1) * len(positions) // world]
     source = EvalSource(Readers([manifest], config), own, config, tokenizer, batch)

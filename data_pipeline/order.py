@@ -82,8 +82,8 @@ class Order:
         self.steps_per_epoch = self.samples // batch
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"--data.train: the {self.samples} samples of source {source} are fewer than the {batch} rows that one "
-                f"step takes of them: lower --train.global_batch, or add data"
+                f"data.train: the {self.samples} samples of source {source} are fewer than the {batch} rows that one "
+                f"step takes of them: lower `global_batch`, or add data"
             )
         self.remainder = self.samples - self.steps_per_epoch * batch
         self._epochs: dict[int, _Epoch] = {}
@@ -221,7 +221,7 @@ def sequential(shard_sizes: Sequence[int]) -> list[Position]:
 def _quotas(weights: Sequence[float], share: int) -> list[int]:
     """Rows per lane of each source: `share` dealt by weight, largest remainder first, ties to the earlier source."""
     if any(not weight > 0 or weight == float("inf") for weight in weights):
-        raise ValueError(f"--data.train: the weights {list(weights)} must be finite numbers above 0")
+        raise ValueError(f"data.train: the weights {list(weights)} must be finite numbers above 0")
     exact = [weight / sum(weights) * share for weight in weights]
     quotas = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda source: (quotas[source] - exact[source], source))
@@ -230,23 +230,23 @@ def _quotas(weights: Sequence[float], share: int) -> list[int]:
     if 0 in quotas:
         source = quotas.index(0)
         raise ValueError(
-            f"--data.train: source {source} with weight {weights[source]} gets none of the {share} rows of a lane in a "
-            f"batch: raise its weight or --train.global_batch, or lower --data.lanes"
+            f"data.train: source {source} with weight {weights[source]} gets none of the {share} rows of a lane in a "
+            f"batch: raise its weight or `global_batch`, or lower data.lanes"
         )
     return quotas
 
 
 def _check(batch: int, lanes: int, seed: int, shuffle_shards: int) -> None:
-    for flag, value, least in (
-        ("--train.global_batch", batch, 1),
-        ("--data.lanes", lanes, 1),
-        ("--data.shuffle_shards", shuffle_shards, 1),
-        ("--train.seed", seed, 0),
+    for name, value, least in (
+        ("global_batch", batch, 1),
+        ("data.lanes", lanes, 1),
+        ("data.shuffle_shards", shuffle_shards, 1),
+        ("seed", seed, 0),
     ):
         if value < least:
-            raise ValueError(f"{flag} is {value}: it must be {least} or more")
+            raise ValueError(f"{name} is {value}: it must be {least} or more")
     if batch % lanes:
         raise ValueError(
-            f"--train.global_batch {batch} is not divisible by --data.lanes {lanes}: the nearest above is "
+            f"global_batch {batch} is not divisible by data.lanes {lanes}: the nearest above is "
             f"{(batch // lanes + 1) * lanes}; or choose lanes that divide it"
         )

@@ -203,7 +203,7 @@ def normalization(normalize: str | tuple, *statistics: dict) -> tuple[list[float
     if normalize == "dataset":
         if not statistics or not all(one.get("moments") for one in statistics):
             raise ValueError(
-                "--data.normalize dataset: the manifest of --data.train has no image statistics; "
+                "data.normalize dataset: the manifest of data.train has no image statistics; "
                 "build it again with: python -m data_pipeline index SHARDS"
             )
         moments = Moments()
@@ -217,8 +217,8 @@ def normalization(normalize: str | tuple, *statistics: dict) -> tuple[list[float
             mean, std = [], []
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(
-                f"--data.normalize is {normalize!r}: imagenet, dataset, or [[mean r, g, b], [std r, g, b]] in 0..1"
+                f"data.normalize is {normalize!r}: imagenet, dataset, or [[mean r, g, b], [std r, g, b]] in 0..1"
             )
     if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
-        raise ValueError(f"--data.normalize: means {mean} must be in 0..1 and deviations {std} above 0, at most 1")
+        raise ValueError(f"data.normalize: means {mean} must be in 0..1 and deviations {std} above 0, at most 1")
     return list(mean), list(std)

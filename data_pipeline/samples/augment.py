@@ -64,16 +64,16 @@ def resolve_augment(given: AugmentConfig) -> Augmentation:
         low, high = getattr(config, name)
         if not 0 < low <= high <= largest:
             raise ValueError(
-                f"--data.augment.{name} is {low}, {high}: two numbers above 0, at most {largest:g}, the smaller first"
+                f"data.augment.{name} is {low}, {high}: two numbers above 0, at most {largest:g}, the smaller first"
             )
     probabilities = dict.fromkeys(("flip", "jitter_probability", "grayscale"), 1)
     for name, largest in {**probabilities, "rotation": 180, "rand_ops": 14, "rand_magnitude": 30}.items():
         value = getattr(config, name)
         if not 0 <= value <= largest:
-            raise ValueError(f"--data.augment.{name} is {value}: a number from 0 to {largest}")
+            raise ValueError(f"data.augment.{name} is {value}: a number from 0 to {largest}")
     if len(config.jitter) != 4 or not all(value >= 0 for value in config.jitter) or config.jitter[3] > 0.5:
         raise ValueError(
-            f"--data.augment.jitter is {config.jitter}: four numbers from 0 (brightness, contrast, saturation, hue), "
+            f"data.augment.jitter is {config.jitter}: four numbers from 0 (brightness, contrast, saturation, hue), "
             f"the hue at most 0.5"
         )
     return config

@@ -27,10 +27,10 @@ class Masking:
 
     def __init__(self, tokenizer: Tokenizer, share: float):
         if not 0 < share <= 1:
-            raise ValueError(f"--model.self_supervision.mask is {share}: a share of the tokens, above 0 and at most 1")
+            raise ValueError(f"model.self_supervision.mask is {share}: a share of the tokens, above 0 and at most 1")
         if tokenizer.mask_id is None:
             raise ValueError(
-                f"--model.self_supervision.text: the tokenizer {tokenizer.name} has no mask token; set it to 0"
+                f"model.self_supervision.text: the tokenizer {tokenizer.name} has no mask token; set it to 0"
             )
         self.mask_id, self.vocab_size, self.share = tokenizer.mask_id, tokenizer.vocab_size, share
         self.special_ids = tokenizer.special_ids

@@ -75,11 +75,11 @@ def check_captions(config: CaptionConfig) -> None:
     """Raises ValueError naming the field of `config` that cannot be used."""
     for template in config.templates:
         if template.count("{}") != 1:
-            raise ValueError(f"--data.caption.templates: {template!r} needs exactly one {{}} where the caption goes")
+            raise ValueError(f"data.caption.templates: {template!r} needs exactly one {{}} where the caption goes")
     for name in ("template_probability", "drop_keywords"):
         value = getattr(config, name)
         if not 0 <= value <= 1:
-            raise ValueError(f"--data.caption.{name} is {value}: a probability from 0 to 1")
+            raise ValueError(f"data.caption.{name} is {value}: a probability from 0 to 1")
 
 
 def pick_caption(captions: Sequence[str], config: CaptionConfig, rng: random.Random) -> str:

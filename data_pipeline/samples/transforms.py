@@ -97,9 +97,9 @@ def resize(image: Image.Image, size: int) -> Tensor:
 def _checked(config: DataConfig) -> RGB:
     """The background, once the fields that both transforms use are known to be good."""
     if config.image_size < 1:
-        raise ValueError(f"--data.image_size is {config.image_size}: at least 1 pixel")
+        raise ValueError(f"data.image_size is {config.image_size}: at least 1 pixel")
     # Of both, so that a run says it before it trains, not at its first evaluation.
     if not 0 < config.eval_crop <= 1:
-        raise ValueError(f"--data.eval_crop is {config.eval_crop}: a share above 0 and at most 1, such as 0.875")
+        raise ValueError(f"data.eval_crop is {config.eval_crop}: a share above 0 and at most 1, such as 0.875")
     red, green, blue = config.background
     return red, green, blue

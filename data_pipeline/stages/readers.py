@@ -59,7 +59,7 @@ class Readers:
                 if not (is_missing and is_remote(shard.url)):
                     raise
         raise ValueError(
-            f"shard {shard.url} left the cache {OPENINGS} times before it could be opened: raise --data.cache_gb"
+            f"shard {shard.url} left the cache {OPENINGS} times before it could be opened: raise data.cache_gb"
         )
 
 

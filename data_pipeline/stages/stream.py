@@ -42,7 +42,7 @@ class StreamSource:
                 found = True
                 yield sample
             if not found:
-                raise ValueError(f"--data.train: no samples in {', '.join(self.urls[:3])} and the other shards")
+                raise ValueError(f"data.train: no samples in {', '.join(self.urls[:3])} and the other shards")
 
 
 def _read(urls: Iterable[str]) -> Iterator[dict]:
@@ -75,6 +75,6 @@ class StreamDecode:
                 slot.refuse(raw, error.cause)
                 if len(slot.bad) == MOST_BAD:
                     raise ValueError(
-                        f"--data.train: {MOST_BAD:,} bad samples in a row; the last: {error.cause}"
+                        f"data.train: {MOST_BAD:,} bad samples in a row; the last: {error.cause}"
                     ) from error
         raise AssertionError("the source has no end")

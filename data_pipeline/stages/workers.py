@@ -79,9 +79,9 @@ class WorkerLoader:
 
     def __init__(self, pipeline: Iterable, *, workers: int, prefetch: int):
         if workers < 0:
-            raise ValueError(f"--data.workers is {workers}: 0 (load in the training process) or more")
+            raise ValueError(f"data.workers is {workers}: 0 (load in the training process) or more")
         if prefetch < 1:
-            raise ValueError(f"--data.prefetch is {prefetch}: at least 1 micro-batch")
+            raise ValueError(f"data.prefetch is {prefetch}: at least 1 micro-batch")
         self._loader: DataLoader[Any] = DataLoader(
             _Guarded(pipeline),
             batch_size=None,

@@ -60,5 +60,5 @@ def test_evaluation_leaves_bad_samples_out_and_records_them(tmp_path: Path, toke
     assert [key for item in seen for key in item.keys] == [f"train-000000.tar/0-{index}" for index in (4, 5, 7)]
     assert [record["key"] for item in seen for record in item.bad] == ["0-0", "0-1", "0-2", "0-3", "0-6"]
     assert seen[0].images_BCHW.shape == (0, 3, 16, 16) and seen[0].ids_ML.shape[0] == 0
-    with pytest.raises(ValueError, match=r"--eval\.batch is 0"):
+    with pytest.raises(ValueError, match=r"^batch is 0"):
         eval_loader(settings(), manifest, tokenizer, batch=0)

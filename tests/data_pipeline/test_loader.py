@@ -302,9 +302,9 @@ def test_batches_that_cannot_be_dealt_are_refused(
 
 
 def test_unusable_workers_are_refused(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"--data\.workers is -1"):
+    with pytest.raises(ValueError, match=r"data\.workers is -1"):
         load([manifest], tokenizer, settings(-1))
-    with pytest.raises(ValueError, match=r"--data\.prefetch is 0"):
+    with pytest.raises(ValueError, match=r"data\.prefetch is 0"):
         load([manifest], tokenizer, settings(1, prefetch=0))
 
 

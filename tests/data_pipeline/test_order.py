@@ -213,15 +213,15 @@ def test_build_order_makes_one_source_or_a_mixture():
 @pytest.mark.parametrize(
     ("manifests", "weights", "options", "words"),
     [
-        ([manifest(90)], [1], {"batch": 10, "lanes": 4}, ["--train.global_batch 10", "--data.lanes 4", "12"]),
-        ([manifest(9, 6)], [1], {"batch": 16}, ["--train.global_batch", "15 samples", "16 rows"]),
-        ([manifest(99)], [1], {"lanes": 0}, ["--data.lanes is 0"]),
-        ([manifest(99)], [1], {"seed": -1}, ["--train.seed is -1"]),
-        ([manifest(99)], [1], {"shuffle_shards": 0}, ["--data.shuffle_shards is 0"]),
-        ([manifest(99), manifest(99)], [1, 0], {}, ["--data.train", "weights [1, 0]"]),
-        ([manifest(99), manifest(99)], [1, float("nan")], {}, ["--data.train", "nan"]),
-        ([manifest(99), manifest(99)], [100, 1], {}, ["--data.train", "source 1", "weight 1"]),
-        ([manifest(99), manifest(3)], [1, 1], {}, ["--data.train", "3 samples of source 1", "4 rows"]),
+        ([manifest(90)], [1], {"batch": 10, "lanes": 4}, ["global_batch 10", "data.lanes 4", "12"]),
+        ([manifest(9, 6)], [1], {"batch": 16}, ["global_batch", "15 samples", "16 rows"]),
+        ([manifest(99)], [1], {"lanes": 0}, ["data.lanes is 0"]),
+        ([manifest(99)], [1], {"seed": -1}, ["seed is -1"]),
+        ([manifest(99)], [1], {"shuffle_shards": 0}, ["data.shuffle_shards is 0"]),
+        ([manifest(99), manifest(99)], [1, 0], {}, ["data.train", "weights [1, 0]"]),
+        ([manifest(99), manifest(99)], [1, float("nan")], {}, ["data.train", "nan"]),
+        ([manifest(99), manifest(99)], [100, 1], {}, ["data.train", "source 1", "weight 1"]),
+        ([manifest(99), manifest(3)], [1, 1], {}, ["data.train", "3 samples of source 1", "4 rows"]),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_flag_and_the_numbers(manifests, weights, options, words):

@@ -153,12 +153,12 @@ def test_normalization() -> None:
 @pytest.mark.parametrize(
     ("setting", "statistics", "message"),
     [
-        ("dataset", (), r"--data\.normalize dataset: .* no image statistics; .*python -m data_pipeline index"),
-        ("dataset", ({},), r"--data\.normalize dataset: .* no image statistics"),
-        ("dataset", (counted(np.zeros((2, 2, 3), np.uint8)),), r"--data\.normalize: .* deviations .* above 0"),
-        ("imagnet", (), r"--data\.normalize is 'imagnet': imagenet, dataset, or"),
-        (((0.5, 0.5), (0.5, 0.5)), (), r"--data\.normalize is "),
-        (((128, 128, 128), (50, 50, 50)), (), r"--data\.normalize: means .* must be in 0\.\.1"),
+        ("dataset", (), r"data\.normalize dataset: .* no image statistics; .*python -m data_pipeline index"),
+        ("dataset", ({},), r"data\.normalize dataset: .* no image statistics"),
+        ("dataset", (counted(np.zeros((2, 2, 3), np.uint8)),), r"data\.normalize: .* deviations .* above 0"),
+        ("imagnet", (), r"data\.normalize is 'imagnet': imagenet, dataset, or"),
+        (((0.5, 0.5), (0.5, 0.5)), (), r"data\.normalize is "),
+        (((128, 128, 128), (50, 50, 50)), (), r"data\.normalize: means .* must be in 0\.\.1"),
     ],
 )
 def test_unusable_normalization_is_refused(setting: object, statistics: tuple, message: str) -> None:

@@ -190,7 +190,7 @@ def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"global_batch": 18}, r"^global_batch 18 is not divisible by micro_batch 8: .* such as 16"),
-        ({"global_batch": 400}, r"lower --train\.global_batch"),
+        ({"global_batch": 400}, r"lower `global_batch`"),
     ],
 )
 def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, change: dict, message: str) -> None:

@@ -119,7 +119,7 @@ def test_augmented_uses_the_run_configuration(data, tmp_path, capsys):
         ("data: {imagesize: 8}", "imagesize"),
         ("data: {image_size: large}", "image_size"),
         ("data: {augment: {policy: wild}}", "policy"),
-        ("data: {caption: {templates: [no braces]}}", "--data.caption.templates"),
+        ("data: {caption: {templates: [no braces]}}", "data.caption.templates"),
         ("data: [", "run.yaml"),
     ],
 )

@@ -113,10 +113,10 @@ def test_the_same_chance_gives_the_same_words_of_one_caption(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CaptionConfig(templates=["no place"]), r"--data\.caption\.templates: 'no place'"),
-        (CaptionConfig(templates=["{} and {}"]), r"--data\.caption\.templates: '\{\} and \{\}'"),
-        (CaptionConfig(template_probability=1.5), r"--data\.caption\.template_probability is 1\.5"),
-        (CaptionConfig(drop_keywords=-0.1), r"--data\.caption\.drop_keywords is -0\.1"),
+        (CaptionConfig(templates=["no place"]), r"data\.caption\.templates: 'no place'"),
+        (CaptionConfig(templates=["{} and {}"]), r"data\.caption\.templates: '\{\} and \{\}'"),
+        (CaptionConfig(template_probability=1.5), r"data\.caption\.template_probability is 1\.5"),
+        (CaptionConfig(drop_keywords=-0.1), r"data\.caption\.drop_keywords is -0\.1"),
     ],
 )
 def test_unusable_policies_are_refused_by_name(config: CaptionConfig, message: str) -> None:

@@ -235,7 +235,7 @@ def test_an_opened_image_does_as_well_as_its_bytes_and_bad_ones_say_so() -> None
 )
 def test_unusable_values_are_refused_by_name(wrong: dict) -> None:
     (name,) = wrong
-    with pytest.raises(ValueError, match=rf"--data\.augment\.{name} is "):
+    with pytest.raises(ValueError, match=rf"data\.augment\.{name} is "):
         train_transform(DataConfig(augment=AugmentConfig(**wrong)))
 
 
@@ -243,7 +243,7 @@ def test_unusable_values_are_refused_by_name(wrong: dict) -> None:
 @pytest.mark.parametrize("transform", [eval_transform, train_transform])
 def test_sizes_are_checked_before_training(wrong: dict, transform: Callable) -> None:
     (name,) = wrong
-    with pytest.raises(ValueError, match=rf"--data\.{name} is {wrong[name]}"):
+    with pytest.raises(ValueError, match=rf"data\.{name} is {wrong[name]}"):
         transform(DataConfig(**wrong))
 
 

@@ -82,5 +82,5 @@ def test_words_are_hidden_as_in_bert(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_a_share_that_cannot_be_hidden_is_refused(tokenizer: Tokenizer, share: float) -> None:
-    with pytest.raises(ValueError, match=f"--model.self_supervision.mask is {share}: a share of the tokens"):
+    with pytest.raises(ValueError, match=f"model.self_supervision.mask is {share}: a share of the tokens"):
         Masking(tokenizer, share)

@@ -85,12 +85,12 @@ def test_a_stream_says_what_it_cannot_do(
 ) -> None:
     directory = tiny_shards((8, 8))
     pattern = f"{directory}/train-*.tar"
-    with pytest.raises(ValueError, match=r"--data\.train .* has 2 shards for 3 loader processes .* --data\.workers"):
+    with pytest.raises(ValueError, match=r"data\.train .* has 2 shards for 3 loader processes .* data\.workers"):
         stream(pattern, tokenizer, 3)
     path = directory / "train-000001.tar"
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(ValueError, match=r"^shard .*train-000001\.tar could not be read"):
         list(stream(pattern, tokenizer))
     damaged(tmp_path / "bad", range(8), shards=1)
-    with pytest.raises(ValueError, match=r"--data\.train: 10,000 bad samples in a row"):
+    with pytest.raises(ValueError, match=r"data\.train: 10,000 bad samples in a row"):
         list(stream(tmp_path / "bad" / "train-000000.tar", tokenizer))
