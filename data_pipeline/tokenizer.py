@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HUB_TIMEOUT_SECONDS = 5
+# What tokenizer_config.json notes of how it was loaded, and of code that is never run.
+NOT_KEPT = ("is_local", "local_files_only", "trust_remote_code", "name_or_path", "auto_map")
 ROUND_TO = 8
 """Lengths are multiples of this, which is what matrix units like, up to max_tokens."""
 
@@ -47,6 +52,39 @@ class Tokenizer:
         """Number of tokens, added ones included: ids are below it."""
         return len(self._tokenizer)
 
+    def identity(self) -> str:
+        """A hash of all that its ids are a function of, wherever it was loaded from."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        rules: Mapping = self._tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        # Set by every call.
+        content = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+        ids = [self.pad_id, self.mask_id, sorted(self.special_ids)]
+        return hashlib.sha256(json.dumps([content, ids], sort_keys=True).encode()).hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """Files by name, of a directory that `Tokenizer` makes this tokenizer of again; no path of this machine.
+
+        Raises:
+            ValueError: it becomes another one when it is saved and loaded.
+        """
+        if (backend := getattr(self._tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()  # which every call sets again
+            backend.no_padding()
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            self._tokenizer.save_pretrained(directory)
+            path = directory / "tokenizer_config.json"
+            options = json.loads(path.read_text(encoding="utf-8"))
+            options = {key: value for key, value in options.items() if key not in NOT_KEPT}
+            path.write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if Tokenizer(name, self.max_tokens).identity() != self.identity():
+                raise ValueError(
+                    f"--model.text.tokenizer {self.name} is another one after it was saved and loaded; "
+                    "give a directory that transformers itself has saved"
+                )
+            paths = sorted(path for path in directory.rglob("*") if path.is_file())
+            return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids_BL and mask_BL (1 for a token, 0 for padding on the right), both int64.
 
@@ -77,6 +115,13 @@ def ask_hub(name: str) -> None:
     HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
 
 
+def first_line(error: Exception) -> str:
+    """What transformers or the hub's client says; never its advice to run code that came with a model."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+
+
 def _load(name: str):
     from transformers import AutoTokenizer
 
@@ -84,18 +129,18 @@ def _load(name: str):
     try:
         try:
             # What the hub's cache holds is used without asking the hub.
-            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except Exception:
             if local:
                 raise
             ask_hub(name)
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub, damaged files and unknown kinds each have exceptions of their own
         raise ValueError(_remedy(name, error)) from error
 
 
 def _remedy(name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+    reason = first_line(error)
     if Path(name).is_dir():
         return (
             f"--model.text.tokenizer {name}: no tokenizer could be loaded from this directory ({reason}); "

@@ -1,24 +1,33 @@
-"""Checkpoints that are complete or absent, and can be resumed under any engine and world size.
+"""Checkpoints that are complete or absent, and can be resumed under any engine and world size, from anywhere.
 
     checkpoints/step_00000500/   model.safetensors      parameters and buffers, fp32, by name
                                  optimizer.safetensors  AdamW's moments, by parameter name
                                  ema.safetensors        moving average of the weights, where there is one
-                                 state.json             TrainState, the data's hash, versions
+                                 state.json             TrainState: progress, data, precision, code; versions
                                  config.yaml            the resolved configuration
+                                 text/config.json       the text encoder's architecture
+                                 tokenizer/             its tokenizer, as transformers saves one
                                  sha256.json            hash of each of the files above
     checkpoints/latest           name of the newest one
 
 A checkpoint is written under a temporary name, hashed, synced to disk and renamed; then `latest` moves; then old ones
-leave.
+leave. Format 1, which is still read, had neither `text` nor `tokenizer`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +38,14 @@ from data_pipeline.storage.files import sha256_of, sync, write_atomically
 from train import cli, distributed
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
+from train.model.text_files import TEXT, TOKENIZER, another_text, with_own_text
 
-FORMAT = 1
+T = TypeVar("T")
+FORMATS = (1, 2)
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "config.yaml")
+HASHES = "sha256.json"
+RETRY_SECONDS = (0.5, 2.0)
+"""Waits after which a file is read again: a network file system fails now and then."""
 
 
 @dataclass
@@ -58,6 +72,10 @@ class TrainState:
     """Channel means that images are normalized with, 0 to 1."""
     std: list[float] = field(default_factory=list)
     """Channel standard deviations that images are normalized with, 0 to 1."""
+    precision: str = ""
+    """Of forward passes, bf16 or no; empty in format 1."""
+    code: str = ""
+    """Commit, or hash of the sources, that made the latest steps; empty in format 1."""
     balance: dict[str, float] = field(default_factory=dict)
     """What modality balance has measured, and the multipliers of the learning rates."""
 
@@ -74,18 +92,24 @@ class Tensors:
     """Moving average of the weights; empty without `optim.ema`."""
 
 
-def save(run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig) -> Path:
+def save(
+    run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
+) -> Path:
     """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
+
+    Args:
+        text_files: of the text encoder and its tokenizer, from `new_text_files` or `saved_text_files`.
 
     Raises:
         ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
     """
+    assert not any("_orig_mod." in name for name in tensors.model), "hand the names of the plain model, not compiled"
     target = _root(run_dir) / f"step_{state.step:08d}"
     problem = None
     if distributed.is_main():
         try:
             _sweep(run_dir)
-            _write(target, tensors, state, config)
+            _write(target, tensors, state, config, text_files)
             _prune(target, config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(_part(target), ignore_errors=True)
@@ -96,47 +120,58 @@ def save(run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig) 
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files have their hashes, the same on all ranks; a collective.
+    """The newest checkpoint whose files have their hashes, the same on all ranks; a collective. None: there is none.
 
     Damaged ones are named on the screen and passed over.
 
     Raises:
-        ValueError: on all ranks, where some of them do not see it.
+        ValueError: on all ranks, where there are checkpoints and none is whole, where they cannot be read, or where
+            some ranks do not see the one that was found. Nothing on the disk is changed.
     """
-    found = None
+    found, problem = None, ""
     if distributed.is_main():
-        for path in _complete(run_dir):
-            if damage := verify(path):
-                print(f"checkpoint {path} is damaged ({damage}): trying the one before it", file=sys.stderr, flush=True)
-            else:
-                found = path
-                break
-    found = distributed.broadcast_object(found)
+        try:
+            found = _newest_whole(run_dir)
+        except OSError as error:
+            problem = (
+                f"--runs_dir: {_root(run_dir)} cannot be read: {error}. Nothing was changed: mend the file system and "
+                "start again; to resume from an earlier checkpoint, move those that cannot be read away"
+            )
+        except ValueError as error:
+            problem = str(error)
+    found, problem = distributed.broadcast_object((found, problem))
+    if problem:
+        raise ValueError(problem)
     if found is not None and distributed.any_rank(not (found / "state.json").is_file()):
         raise ValueError(f"--runs_dir: {found} is not on every host: give a directory on a file system that they share")
     return found
 
 
 def verify(path: Path) -> str:
-    """What is wrong with a checkpoint's files; empty where all is well."""
+    """What is wrong with a checkpoint's files; empty where all is well.
+
+    Raises:
+        OSError: a file cannot be read, which is not damage.
+    """
     try:
-        hashes = json.loads((path / "sha256.json").read_text())
-        if not isinstance(hashes, dict) or set(hashes) != set(FILES):
-            return "sha256.json does not list its files"
+        hashes = json.loads(_patiently((path / HASHES).read_bytes))
+        if not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
+            return f"{HASHES} does not list its files"
         for name, expected in hashes.items():
-            if sha256_of(path / name) != expected:
+            if _patiently(partial(sha256_of, path / name)) != expected:
                 return f"{name} does not have its hash"
-    except (OSError, ValueError) as error:
+        if _format(path) > 1 and not {f"{TEXT}/config.json", f"{TOKENIZER}/tokenizer_config.json"} <= set(hashes):
+            return f"{HASHES} does not list its text encoder"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         return str(error)
     return ""
 
 
 def load_state(path: Path) -> TrainState:
     """The TrainState of a verified checkpoint."""
-    content = json.loads((path / "state.json").read_text())
-    if content["format"] != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {content['format']}; this version of Duet reads {FORMAT}")
-    return TrainState(**content["state"])
+    if (found := _format(path)) not in FORMATS:
+        raise ValueError(f"checkpoint {path} has format {found}; this version of Duet reads {FORMATS[-1]}")
+    return TrainState(**json.loads((path / "state.json").read_text())["state"])
 
 
 def load_weights(path: Path, model: torch.nn.Module, averaged: bool = False) -> None:
@@ -152,6 +187,8 @@ def load_part(path: Path, part: str) -> dict[str, Tensor]:
 def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
     """The newest model of a run, on the CPU in evaluation mode, and its configuration; averaged, where `optim.ema` is.
 
+    The configuration names the checkpoint's own text encoder and tokenizer.
+
     Args:
         run_dir: a run directory, or one of its checkpoints.
 
@@ -164,10 +201,32 @@ def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
         raise ValueError(f"--run {run_dir}: there is no complete checkpoint in {_root(directory)}")
     if damage := verify(path):
         raise ValueError(f"--run {run_dir}: the checkpoint is damaged ({damage})")
-    config, state = cli.load(path / "config.yaml"), load_state(path)
+    config, state = with_own_text(cli.load(path / "config.yaml"), path), load_state(path)
     model = build_model(config, state.mean, state.std, pretrained=False)
     load_weights(path, model, averaged=config.optim.ema > 0)
     return model.eval(), config
+
+
+def saved_text_files(path: Path) -> dict[str, bytes]:
+    """The text encoder's and tokenizer's files of a verified checkpoint, by name; none in format 1."""
+    hashes = json.loads((path / HASHES).read_text())
+    return {name: (path / name).read_bytes() for name in hashes if name.startswith((f"{TEXT}/", f"{TOKENIZER}/"))}
+
+
+def check_text(path: Path, config: RunConfig) -> None:
+    """Refuse to resume from a verified checkpoint with another text encoder or tokenizer; a collective.
+
+    Raises:
+        ValueError: on all ranks, with the differences.
+    """
+    problem = ""
+    if distributed.is_main():
+        try:
+            problem = another_text(config, cli.load(path / "config.yaml"), path)
+        except ValueError as error:
+            problem = str(error)
+    if problem := distributed.broadcast_object(problem):
+        raise ValueError(f"{problem}\nGive the one of before, or choose another --name.")
 
 
 def _root(run_dir: Path) -> Path:
@@ -180,22 +239,68 @@ def _part(target: Path) -> Path:
 
 
 def _complete(run_dir: Path) -> list[Path]:
-    """Renamed, so complete, checkpoints; newest first."""
-    return sorted((p for p in _root(run_dir).glob("step_????????") if p.is_dir()), reverse=True)
+    """Renamed, so complete, checkpoints; newest first.
+
+    Raises:
+        OSError: the directory cannot be read, where `Path.glob` would find nothing.
+    """
+    root = _root(run_dir)
+    names = _patiently(partial(os.listdir, root)) if root.exists() else []
+    return sorted((root / name for name in names if re.fullmatch(r"step_.{8}", name)), reverse=True)
 
 
-def _write(target: Path, tensors: Tensors, state: TrainState, config: RunConfig) -> None:
+def _newest_whole(run_dir: Path) -> Path | None:
+    found = _complete(run_dir)
+    damaged = []
+    for path in found:
+        if not (damage := verify(path)):
+            return path
+        damaged.append(f"{path.name}: {damage}")
+        if len(damaged) < len(found):
+            print(f"checkpoint {path} is damaged ({damage}): trying the one before it", file=sys.stderr, flush=True)
+    if damaged:
+        raise ValueError(
+            f"--name {run_dir.name}: all checkpoints in {_root(run_dir)} are damaged:\n  "
+            + "\n  ".join(damaged)
+            + "\nNothing was changed. Put back whole ones from a copy, or choose another --name to begin again."
+        )
+    return None
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What `read` returns; called again after OSErrors that may pass."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
+
+
+def _format(path: Path) -> int:
+    return json.loads(_patiently((path / "state.json").read_bytes))["format"]
+
+
+def _write(
+    target: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
+) -> None:
     temporary = _part(target)
     temporary.mkdir(parents=True)
     for part in fields(Tensors):
         save_file(getattr(tensors, part.name), temporary / f"{part.name}.safetensors")
-    content = {"format": FORMAT, "state": asdict(state), "torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__), "transformers": version("transformers")}
+    content = {"format": FORMATS[-1], "state": asdict(state), **versions}
     (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     (temporary / "config.yaml").write_text(cli.to_yaml(config))
-    hashes = {name: sha256_of(temporary / name) for name in FILES}
-    (temporary / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
-    for name in (*FILES, "sha256.json"):
-        sync(temporary / name)
+    for name, text in text_files.items():
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).write_bytes(text)
+    hashes = {name: sha256_of(temporary / name) for name in (*FILES, *text_files)}
+    (temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
+    for path in [*(temporary / name for name in (*hashes, HASHES)), *(p for p in temporary.rglob("*") if p.is_dir())]:
+        sync(path)
     sync(temporary)
     if target.exists():  # the same step again, after a restart from an older one
         shutil.rmtree(target)

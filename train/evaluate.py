@@ -25,6 +25,7 @@ from train.evaluation import TASKS, build_task, find_task
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import given_tasks
 from train.evaluation.task import Task
+from train.model.text_files import tokenizer_name
 
 
 def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float]]:
@@ -40,7 +41,7 @@ def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float]]:
     task = build_task(described(options, config))
     if options.workers is not None:
         config.data.workers = options.workers
-    tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
+    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
     model.to(accelerator.device)
     autocast = partial(precision.autocast, accelerator.device, accelerator.mixed_precision)
     encoder = Encoder(model, config, tokenizer, autocast=autocast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,12 @@ from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed
 from train.model.pair import build_model
+from train.model.text_files import text_files, tokenizer_name, with_own_text
 from train.report.page import write_report
-from train.run.directory import open_run, read_results, write_results
+from train.run.directory import open_run, read_results, record_config, write_results
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
+from train.run.version import code_version
 from train.step import batch_digest, training_step
 
 
@@ -49,6 +51,7 @@ class Run:
     batches: Iterable[MicroBatch]
     suite: Suite
     encoder: Encoder
+    text_files: Mapping[str, bytes]
     tracker: Tracker
     stop: StopRequest
 
@@ -98,7 +101,7 @@ def train(run: Run) -> int:
         if not done:
             held_out(run, run.suite.due(state.step))
         if done or stopping or due(state.step, config.checkpoint.every):
-            checkpoint.save(run.directory, collect(engine, run.average, state), state, config)
+            checkpoint.save(run.directory, collect(engine, run.average, state), state, config, run.text_files)
         if stopping and not done:
             run.stop.ignore_further()
             tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
@@ -179,9 +182,12 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     feed, suite = Feed(config), Suite(config)
     state = TrainState(data_hash=feed.identity, mean=list(feed.mean), std=list(feed.std))
 
-    found = checkpoint.newest(directory)
+    found, source = checkpoint.newest(directory), config
+    if found is not None:
+        checkpoint.check_text(found, config)
+        source = with_own_text(config, found)
     torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
-    model = build_model(config, feed.mean, feed.std, pretrained=found is None)
+    model = build_model(source, feed.mean, feed.std, pretrained=found is None)
     if found is not None:
         state = checkpoint.load_state(found)
         if state.data_hash != feed.identity:
@@ -195,16 +201,20 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     if found is not None:
         restore(found, engine, average, state)
 
-    tokenizer = Tokenizer(config.model.text.tokenizer or config.model.text.name, config.data.max_tokens)
+    state.precision, state.code = engine.precision, code_version()
+    tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
+    files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
     batches = feed.batches(tokenizer, state.step)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
+    record_config(directory, config)
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
     tracker.message(f"images are normalized by --data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"going on from {found}")
     balance = Balance(config, state.balance)
-    return Run(config, directory, engine, average, state, balance, feed.steps, batches, suite, encoder, tracker, stop)
+    parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, tracker, stop)
+    return Run(config, directory, *parts)
 
 
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:

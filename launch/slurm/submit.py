@@ -169,7 +169,8 @@ def describe_run(config: RunConfig) -> str:
         raise ValueError(conflict)
     if read_results(directory):
         raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
-    found = checkpoint.newest(directory)
+    if (found := checkpoint.newest(directory)) is not None:
+        checkpoint.check_text(found, config)
     return f"goes on in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"
 
 

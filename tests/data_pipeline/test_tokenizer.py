@@ -1,6 +1,9 @@
 """Token ids against the tokenizer itself; padding by the longest of the batch."""
 
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,24 @@ from transformers import AutoTokenizer, BertTokenizerFast
 
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.vocabulary import LETTERS, SPECIAL, WORDS, write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+LOAD = """
+import sys
+from data_pipeline.tokenizer import Tokenizer
+from train.config import TextTowerConfig
+from train.model.text import TextTower
+
+for load in (
+    lambda: Tokenizer(sys.argv[1], 8),
+    lambda: TextTower(TextTowerConfig(name=sys.argv[1])),
+    lambda: TextTower(TextTowerConfig(name=sys.argv[1], weights="scratch")),
+):
+    try:
+        load()
+    except ValueError as error:
+        print(error)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +95,29 @@ def test_a_hub_name_without_network_names_the_remedy(tmp_path: Path, monkeypatch
 def test_too_few_tokens_are_refused(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"--data\.max_tokens is 2: at least 3"):
         Tokenizer(str(directory), 2)
+
+
+def test_its_files_make_it_again_wherever_it_came_from(directory: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(str(directory), 77)
+    tokenizer(["a caption, whose truncation the tokenizer keeps"])
+    for name, content in tokenizer.files().items():
+        assert str(directory).encode() not in content
+        (tmp_path / name).write_bytes(content)
+    again = Tokenizer(str(tmp_path), 77)
+    assert again.identity() == tokenizer.identity()
+    assert torch.equal(again(["a red heart"])[0], tokenizer(["a red heart"])[0])
+    assert again.files() == tokenizer.files()
+
+
+def test_code_beside_a_model_is_never_run_whatever_the_terminal_says(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "own.py").write_text(f"open({str(canary)!r}, 'w')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], cwd=ROOT, input="y\n" * 9, text=True, capture_output=True
+    )
+    assert not canary.exists()
+    assert done.stdout.count("needs code of its own, which is never run") == 3, done.stderr

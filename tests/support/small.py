@@ -10,6 +10,9 @@ from tests.support.tars import write_shards
 from tests.support.vocabulary import write_tokenizer
 from train.config import RunConfig
 
+# Of a checkpoint whose text tower nobody builds.
+TEXT_FILES = {"text/config.json": b"{}", "tokenizer/tokenizer_config.json": b"{}"}
+
 
 def write_data(
     directory: Path,

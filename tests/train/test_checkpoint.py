@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_distributed, start_context
+from tests.support.small import TEXT_FILES
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
@@ -22,7 +24,7 @@ def save(run_dir: Path, step: int, keep: int) -> None:
     config = RunConfig()
     config.checkpoint.keep = keep
     weights = {"w": torch.full((9,), float(step))}
-    checkpoint.save(run_dir, Tensors(weights, weights, weights), TrainState(step=step), config)
+    checkpoint.save(run_dir, Tensors(weights, weights, weights), TrainState(step=step), config, TEXT_FILES)
 
 
 def name(step: int) -> str:
@@ -127,3 +129,17 @@ def test_a_checkpoint_that_not_all_ranks_see_is_said_on_all_of_them(tmp_path) ->
     save(tmp_path / "0" / "run", 1, 0)
     for said in run_distributed(newest_from_own_directory, 2, str(tmp_path)):
         assert "--runs_dir: run/checkpoints/step_00000001 is not on every host" in said
+
+
+def test_a_file_that_cannot_be_read_is_not_damage_and_is_read_again(tmp_path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, 0)
+    path = tmp_path / "checkpoints" / name(2) / "ema.safetensors"
+    kept = path.rename(tmp_path / "kept")
+    path.symlink_to(path)  # an error from the file system itself: too many levels of links
+    with pytest.raises(ValueError, match=r"cannot be read: .*ema\.safetensors.*\. Nothing was changed"):
+        checkpoint.newest(tmp_path)
+    mend = threading.Timer(checkpoint.RETRY_SECONDS[0] / 2, lambda: kept.rename(path))
+    mend.start()
+    assert checkpoint.newest(tmp_path).name == name(2)
+    mend.join()

@@ -65,7 +65,8 @@ class Engine(ABC):
         self.blank, self.clamped = blank, clamped
         self.clip_grad, self.micro_batch = clip_grad, micro_batch
         self.wrapped, self.optimizer = self._prepare(model, optimizer)
-        self.module = accelerator.unwrap_model(self.wrapped)
+        # Without torch.compile's wrapper, which would put its prefix before every name in a checkpoint.
+        self.module = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
         self.meter = TowerMeter(self.inner_optimizer, sharded=self.sharded)
 
     @abstractmethod

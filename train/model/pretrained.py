@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from data_pipeline.tokenizer import ask_hub
+from data_pipeline.tokenizer import ask_hub, first_line
 from train import distributed
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
@@ -185,6 +185,8 @@ def _is_counter(name: str) -> bool:
 def from_hub(load: Callable[..., Any], name: str) -> Any:
     """What `load` makes of a directory or of files in the local cache; only then is the hub asked, and only once.
 
+    Code that lies beside the files is never run: `load` is told not to trust it, so it cannot ask a terminal either.
+
     Args:
         load: a `from_pretrained` of transformers.
         name: `model.text.name`.
@@ -194,17 +196,18 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
     """
     with _quiet():
         try:
-            return load(name, local_files_only=True)
+            return load(name, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # each file format has its own kinds of damage
             if Path(name).is_dir():
-                raise ValueError(f"--model.text.name {name}: cannot be loaded from this directory: {error}") from error
+                problem = f"--model.text.name {name}: cannot be loaded from this directory: {first_line(error)}"
+                raise ValueError(problem) from error
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"--model.text.name {name}: no such directory; {TEXT_REMEDY}")
         try:
             ask_hub(name)
-            return load(name)
+            return load(name, trust_remote_code=False)
         except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
-            problem = f"--model.text.name {name} cannot be had from the Hugging Face hub ({error})"
+            problem = f"--model.text.name {name} cannot be had from the Hugging Face hub ({first_line(error)})"
             raise ValueError(f"{problem}; {TEXT_REMEDY}") from error
 
 

@@ -6,6 +6,7 @@ Shapes: B samples, L tokens of a caption, D features.
 from __future__ import annotations
 
 import inspect
+import json
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from train.config import TextTowerConfig
 from train.model.layers import group_by_layer, lock, recompute_blocks
 from train.model.pretrained import BUILT_IN_BERT, from_hub
+
+# Fields of an encoder's config that say who wrote it, and how, not what it is.
+NOT_COMPARED = ("transformers_version", "architectures", "auto_map", "dtype", "torch_dtype")
 
 
 class TextTower(nn.Module):
@@ -69,16 +73,35 @@ class TextTower(nn.Module):
         weights_BL1 = mask_BL.unsqueeze(-1).float()
         return (hidden_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
 
+    def config_file(self) -> bytes:
+        """A config.json: its directory as `name` builds this encoder again, with fresh weights."""
+        config = self.encoder.config.to_dict()  # defaults too: another version of transformers may have others
+        config = {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
+        return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
     def layers(self) -> list[list[str]]:
         """Names of all parameters, grouped by layer (embeddings, then one per transformer layer), bottom to top."""
         return group_by_layer(self, self.blocks)
 
 
-def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
+def architecture(name: str, pretrained: bool) -> dict[str, Any]:
+    """All fields of an encoder's config that its features are a function of, wherever it was loaded from.
+
+    Raises:
+        ValueError: there is no such encoder, or it cannot be had.
+    """
+    config = _encoder_config(name, pretrained).to_dict()
+    return {key: value for key, value in config.items() if key not in NOT_COMPARED and not key.startswith("_")}
+
+
+def _encoder_config(name: str, pretrained: bool) -> transformers.PretrainedConfig:
     if name in BUILT_IN_BERT and not pretrained:
-        config = transformers.BertConfig()  # is that architecture, so no hub is asked
-    else:
-        config = from_hub(transformers.AutoConfig.from_pretrained, name)
+        return transformers.BertConfig()  # is that architecture, so no hub is asked
+    return from_hub(transformers.AutoConfig.from_pretrained, name)
+
+
+def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
+    config = _encoder_config(name, pretrained)
     # The family is told by its objective: encoders that see the whole caption are trained on masked words.
     family = not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not family or type(config) not in transformers.MODEL_MAPPING or not hasattr(config, "hidden_size"):
@@ -90,7 +113,7 @@ def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
     if encoder_class._supports_sdpa:
         options["attn_implementation"] = "sdpa"
     if not pretrained:
-        return transformers.AutoModel.from_config(config, dtype=torch.float32, **options)
+        return transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **options)
     load = partial(encoder_class.from_pretrained, dtype=torch.float32, output_loading_info=True, **options)
     encoder, info = from_hub(load, name)
     # transformers only warns, and leaves fresh weights where the file has none or others.

@@ -16,6 +16,9 @@ from train import cli, distributed
 from train.config import RunConfig
 from train.run.records import METRICS, RESULTS, read_records
 
+CONFIG = "config.yaml"
+# Fields that may be spelled otherwise: a checkpoint has what they named, and is compared with that.
+BY_CONTENT = ("model.text.name:", "model.text.tokenizer:")
 LOCK = ".lock"
 LOCK_SECONDS = 10
 """How long a run waits for another process, which may be about to end, to leave its directory."""
@@ -59,20 +62,41 @@ def write_results(run_dir: Path, results: dict) -> None:
     write_atomically(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
+def record_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the resolved configuration of a run that starts or resumes; once nothing can refuse it any more."""
+    if distributed.is_main():
+        write_atomically(run_dir / CONFIG, cli.to_yaml(config))
+
+
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
     """Why this configuration may not use the directory; None where it may."""
     if conflict := conflict_with(run_dir, config):
         return f"{conflict}\nChoose another --name, or set these fields back to resume that run."
-    write_atomically(run_dir / "config.yaml", cli.to_yaml(config))
-    return None
+    return _lost_checkpoints(run_dir, config)
 
 
 def conflict_with(run_dir: Path, config: RunConfig) -> str:
     """How the run that has started there differs from this one; empty where there is none, or it is the same."""
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG
     changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
-    lines = "\n  ".join(changed)
-    return f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if changed else ""
+    lines = "\n  ".join(line for line in changed if not line.startswith(BY_CONTENT))
+    return f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if lines else ""
+
+
+def _lost_checkpoints(run_dir: Path, config: RunConfig) -> str | None:
+    """That the run had checkpoints of which none is left: to begin again would erase its metrics. None: all is well."""
+    checkpoints, path = run_dir / "checkpoints", run_dir / CONFIG
+    if read_results(run_dir) or any(checkpoints.glob("step_*")) or not path.is_file():
+        return None
+    step = max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
+    every = cli.load(path).checkpoint.every
+    # A step is logged before it is saved, so that the one after it shows that there was a checkpoint.
+    if not ((checkpoints / "latest").is_file() or step > every > 0):
+        return None
+    return (
+        f"--name {config.name}: {run_dir / METRICS} has {step} steps, but there is no checkpoint in {checkpoints}. Put "
+        f"the checkpoints back to resume, choose another --name, or move {run_dir} away to begin again under this one"
+    )
 
 
 def has_started(run_dir: Path) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.support.distributed import run_distributed
 from tests.support.exactness import engine_environment, make_batch, make_config, write_text_tower
+from tests.support.small import TEXT_FILES
 from train.checkpoint import load_state
 from train.config import TOWERS, BalanceConfig, RunConfig
 from train.engine.embedding import ROWS, effective_rank, embedding_metrics
@@ -63,7 +64,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
         state.step += 1
         run.multipliers.append(balance.multipliers())
         run.weights.append(whole_weights(engine))
-    checkpoint.save(target, collect(engine, average, state), state, config)
+    checkpoint.save(target, collect(engine, average, state), state, config, TEXT_FILES)
     return run
 
 

@@ -12,6 +12,7 @@ from tests.support import running
 from tests.support.distributed import run_distributed
 from tests.support.exactness import LEVELS, engine_environment, make_batch, make_config, write_text_tower
 from tests.support.running import assert_same_curve, curve, prepare, run
+from tests.support.small import TEXT_FILES
 from train.run.signals import EXIT_PREEMPTED
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
@@ -54,7 +55,7 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
         average.update()
         state.step += 1
         results.append((metrics["loss"], metrics["grad_norm"]))
-    checkpoint.save(Path(target), collect(engine, average, state), state, config)
+    checkpoint.save(Path(target), collect(engine, average, state), state, config, TEXT_FILES)
     return results
 
 
