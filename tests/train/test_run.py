@@ -170,7 +170,7 @@ def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:
     assert loop.run(config) == 0
     assert [step for step, _, _ in curve(config)] == [1, 2]
     config.name, config.train.steps = "endless", 0
-    with pytest.raises(ValueError, match=r"so give --train\.steps"):
+    with pytest.raises(ValueError, match=r"so give train\.steps"):
         loop.run(config)
 
 
@@ -189,7 +189,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, change: dict, m
 def test_a_synchronized_norm_needs_the_whole_share_at_once(tmp_path: Path) -> None:
     config = prepare(tmp_path)
     config.model.image.norm = "sync_batch"
-    with pytest.raises(ValueError, match=r"--train\.resident 1: .* sync_batch .* set --train\.resident 4"):
+    with pytest.raises(ValueError, match=r"train\.resident 1: .* sync_batch .* set train\.resident 4"):
         loop.run(config)
 
 
