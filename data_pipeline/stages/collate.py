@@ -25,7 +25,6 @@ class Collate:
         ids_BL, mask_BL = self.tokenizer([sample["caption"] for sample in samples])
         slots = [sample[SLOT] for sample in samples]
         keys = [slot.name for slot in slots]
-        image_ids_B, text_ids_B, digest = identify([slot.row for slot in slots], keys, ids_BL, mask_BL)
         masked_BL = targets_BL = None
         if self.masking is not None:
             masked_BL, targets_BL = self.masking(ids_BL, [slot.seed for slot in slots])
@@ -37,9 +36,9 @@ class Collate:
             step=slots[0].step,
             keys=keys,
             bad=[record for slot in slots for record in slot.bad],
-            image_ids_B=image_ids_B,
-            text_ids_B=text_ids_B,
-            digest=digest,
+            image_ids_B=image_ids(keys),
+            text_ids_B=text_ids(ids_BL, mask_BL),
+            digest=order_digest([slot.row for slot in slots], keys),
             views_BCHW=stacked([sample["view"] for sample in samples]) if self.extras.second_view else None,
             masked_BL=masked_BL,
             targets_BL=targets_BL,
@@ -51,13 +50,18 @@ def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def identify(
-    rows: Sequence[int], keys: Sequence[str], ids_BL: torch.Tensor, mask_BL: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """MicroBatch's image_ids_B, text_ids_B and digest, of samples in these rows of the global batch."""
-    tokens = zip(ids_BL.tolist(), mask_BL.sum(1).tolist(), strict=True)
-    texts = [repr(ids[:length]) for ids, length in tokens]  # without padding, which depends on the neighbours
-    places = [f"{row} {key}" for row, key in zip(rows, keys, strict=True)]
-    images, captions, digests = ([hash63(text) for text in of] for of in (keys, texts, places))
-    digest = (sum(digests) + 2**63) % 2**64 - 2**63
-    return torch.tensor(images, dtype=torch.int64), torch.tensor(captions, dtype=torch.int64), digest
+def image_ids(keys: Sequence[str]) -> torch.Tensor:
+    """int64 [B]: equal for rows with the same sample key."""
+    return torch.tensor([hash63(key) for key in keys], dtype=torch.int64)
+
+
+def text_ids(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: equal for rows with the same caption tokens, whatever their padding."""
+    rows = zip(ids_BL.tolist(), mask_BL.sum(1).tolist(), strict=True)
+    return torch.tensor([hash63(repr(ids[:length])) for ids, length in rows], dtype=torch.int64)
+
+
+def order_digest(rows: Sequence[int], keys: Sequence[str]) -> int:
+    """A signed 64-bit number; the sum over a global batch, modulo 2^64, tells which sample was in which of its rows."""
+    total = sum(hash63(f"{row} {key}") for row, key in zip(rows, keys, strict=True))
+    return (total + 2**63) % 2**64 - 2**63
