@@ -68,9 +68,7 @@ def build_backbone(config: ImageTowerConfig, image_size: int, pretrained: bool) 
     if slash:
         if family not in BACKBONES:
             known = ", ".join(f"{other}/" for other in BACKBONES)
-            raise ValueError(
-                f"--model.image.name {config.name}: {family}/ is not a family of models; there are {known}"
-            )
+            raise ValueError(f"--model.image.name {config.name}: {family}/ is no family of models: take {known}")
         return BACKBONES[family](name, config, image_size, pretrained)
     if "." in config.name:
         return backbone_own.build(config.name, config, image_size, pretrained)

@@ -14,7 +14,7 @@ from torchvision.models.regnet import AnyStage
 from torchvision.models.vision_transformer import Encoder
 from torchvision.ops import StochasticDepth
 
-SEQUENCES = (nn.Sequential, nn.ModuleList)
+SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 DROPOUT_RATES = ("drop_prob", "drop_rate", "dropout", "attention_dropout")
@@ -23,18 +23,17 @@ DROPOUT_RATES = ("drop_prob", "drop_rate", "dropout", "attention_dropout")
 
 def is_container(module: nn.Module) -> bool:
     """Whether it holds blocks and is none itself, in torchvision's models."""
-    return type(module) in (*SEQUENCES, AnyStage, Encoder)
+    return type(module) in (nn.Sequential, nn.ModuleList, AnyStage, Encoder)
 
 
 def is_stage(module: nn.Module) -> bool:
     """Whether it holds blocks and is none itself, in anybody's model.
 
-    That is a sequence, a module with a sequence named `blocks`, or one whose children are all blocks of one class.
+    That is a sequence, a module with a sequence named `blocks`, or one whose class is named a stage.
     """
     if isinstance(module, SEQUENCES) or isinstance(getattr(module, "blocks", None), SEQUENCES):
         return True
-    children = list(module.children())
-    return len({type(child) for child in children}) == 1 and all(map(_is_made_of_several, children))
+    return type(module).__name__.endswith("Stage")
 
 
 def find_blocks(module: nn.Module, holds_blocks: Callable[[nn.Module], bool], prefix: str = "") -> list[str]:
@@ -60,7 +59,7 @@ def find_stages(module: nn.Module, blocks: Sequence[str]) -> list[str]:
     stages = []
     for name in innermost:
         # A list does not run: what runs is the module that owns it.
-        while name and isinstance(module.get_submodule(name), nn.ModuleList):
+        while name and type(module.get_submodule(name)).forward is nn.Module.forward:
             name = name.rpartition(".")[0]
         if name and name not in stages:
             stages.append(name)
