@@ -1,8 +1,11 @@
 """All of the data pipeline, assembled: positions -> micro-batches.
 
-A loader is one webdataset.DataPipeline (a source, webdataset's map and batched, stages of your own between them) inside
-torch's DataLoader. Every loader process makes whole micro-batches, every n-th one of its rank, so that torch's taking
-turns keeps the order for any number of processes; what is in a micro-batch depends on its position alone.
+A loader is one webdataset.DataPipeline inside torch's DataLoader. A sample passes its stages in one direction:
+
+    IndexedSource (order, shard) -> Decode (text, image, augmentation) -> stages of the user -> Collate (tokenizer)
+
+Every loader process makes whole micro-batches, every n-th one of its rank. torch takes from the processes in turn,
+which keeps the order for any number of them. What is in a micro-batch depends on its place in the run alone.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def train_loader(
     stages: callables that take and give back a decoded sample: a dict with "image" (uint8 tensor [3, H, W]), "caption"
     (str), "__key__", "cls", and "rng", the random.Random to draw from.
     extras: second views and hidden words, by seeds of their own: all else is as without them.
-    Raises ValueError where the batch cannot be dealt; while iterating, for a shard that is not the manifest's.
+    Raises ValueError where the batch cannot be shared out; while iterating, for a shard that is not the manifest's.
     """
     share = share_of(rank, world, order.batch, micro_batch, start_step, stop_step)
     readers = Readers(manifests, config)

@@ -1,11 +1,11 @@
-"""Which sample stands at which position: a pure function of (seed, shard sizes, batch, lanes), without I/O.
+"""Which sample is in which row of which step: a pure function of (seed, shard sizes, batch, lanes), without I/O.
 
 An epoch: the shards are permuted; the concatenated samples are cut into `lanes` equal spans; inside a lane, samples are
-permuted within groups of `shuffle_shards` shards. A step takes the next batch / lanes samples of every lane, and lays
-them out lane by lane. World size, loader workers and restarts are no inputs, so they cannot change what a step sees.
+permuted within groups of `shuffle_shards` shards. A step takes the next batch / lanes samples of every lane, one lane
+after the other. World size, loader workers and restarts are no inputs, so they cannot change what a step sees.
 
-Permutations come from the raw output of numpy's PCG64, which numpy promises to keep (not so Generator.permutation).
-Legend: a lane's offset counts its samples in permuted order; a place counts the samples of the permuted shards.
+Permutations come from the raw output of numpy's PCG64, which numpy promises never to change (Generator.permutation may
+change). An `offset` counts the samples of a lane in permuted order, a `place` the samples of the permuted shards.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class Order:
     """The order of one source's samples, epoch after epoch.
 
     shard_sizes: samples of each shard. batch: rows that one step takes of this source. lanes: see above; divides batch.
-    The samples that do not fill a last batch are left out of an epoch, and counted in `remainder`; which ones differs
-    from epoch to epoch. Any step is found at once: a permutation of the shards per epoch and one of the samples of a
-    group per lane are all that is computed, and kept.
+    The last samples of an epoch, too few for a batch, are left out and counted in `remainder`; each epoch leaves out
+    others. Finding a step costs the same wherever it is: one permutation of the shards, and one group of each lane.
     Raises ValueError where lanes does not divide batch, or where an epoch has no full batch.
     """
 
@@ -90,7 +89,7 @@ class Order:
         self._groups: dict[int, tuple[tuple[int, int], int, np.ndarray]] = {}
 
     def rows(self, step: int, start: int, stop: int) -> list[Position]:
-        """Rows [start, stop) of the batch of `step`; steps run on across epochs, any step may be asked for."""
+        """Rows [start, stop) of the batch of `step`, which counts through all epochs; any step may be asked for."""
         if step < 0 or not 0 <= start <= stop <= self.batch:
             raise IndexError(f"rows [{start}, {stop}) of step {step}: a batch has {self.batch} rows")
         if start == stop:
@@ -115,7 +114,7 @@ class Order:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            # Two, because a reader may go back and forth where one epoch ends and the next begins.
+            # Two, because a reader may switch between them where one epoch ends and the next begins.
             while len(self._epochs) >= 2:
                 del self._epochs[next(iter(self._epochs))]
             self._epochs[number] = _Epoch(self.shard_sizes, self.lanes, self.seed, self.source, number)
@@ -150,10 +149,10 @@ class Order:
 class Mixture:
     """Several sources in one order, each with its own epochs: the same interface as Order.
 
-    Every batch holds the same number of rows of each source: weight * batch, rounded by largest remainder in units of
-    `lanes` rows, so that every lane has the same share. Inside a lane the sources are interleaved evenly, so that
-    micro-batches are mixed too. An epoch of the mixture is as many full batches as all sources together have samples
-    for; `remainder` counts what all sources leave out of their own epochs.
+    Every batch has the same number of rows of each source: batch times its part of the weights, rounded by largest
+    remainder in units of `lanes` rows, so that all lanes are alike. Inside a lane the sources are interleaved evenly,
+    so that micro-batches are mixed too. An epoch of the mixture is as many full batches as all sources together have
+    samples for; `remainder` counts what all sources leave out of their own epochs.
     Raises ValueError where a source gets no rows, or has no full batch of them.
     """
 
@@ -177,12 +176,12 @@ class Mixture:
         self.samples = sum(order.samples for order in self.orders)
         self.steps_per_epoch = self.samples // batch
         self.remainder = sum(order.remainder for order in self.orders)
-        # A lane's rows: the k-th of a source's n rows stands at (k + 1/2) / n of the lane, ties by source.
+        # A lane's rows: the k-th of a source's n rows is at (k + 1/2) / n of the lane, ties by source.
         slots = [((2 * k + 1) / quota, source, k) for source, quota in enumerate(self.quotas) for k in range(quota)]
         self._pattern = [(source, k) for _, source, k in sorted(slots)]
 
     def rows(self, step: int, start: int, stop: int) -> list[Position]:
-        """Rows [start, stop) of the batch of `step`; steps run on without end, any step may be asked for."""
+        """Rows [start, stop) of the batch of `step`, which counts through all epochs; any step may be asked for."""
         if step < 0 or not 0 <= start <= stop <= self.batch:
             raise IndexError(f"rows [{start}, {stop}) of step {step}: a batch has {self.batch} rows")
         wanted: list[tuple[int, int]] = []
@@ -213,13 +212,13 @@ def build_order(
 
 
 def sequential(shard_sizes: Sequence[int]) -> list[Position]:
-    """Every sample once, as it stands in the shards: for evaluation."""
+    """Every sample once, in the order of the shards: for evaluation."""
     shards = ((shard, index) for shard, size in enumerate(shard_sizes) for index in range(size))
     return [Position(0, 0, position, shard, index) for position, (shard, index) in enumerate(shards)]
 
 
 def _quotas(weights: Sequence[float], share: int) -> list[int]:
-    """Rows per lane of each source: `share` dealt by weight, largest remainder first, ties to the earlier source."""
+    """Rows per lane of each source: `share` divided by weight, largest remainder first, ties to the earlier source."""
     if any(not weight > 0 or weight == float("inf") for weight in weights):
         raise ValueError(f"data.train: the weights {list(weights)} must be finite numbers above 0")
     exact = [weight / sum(weights) * share for weight in weights]

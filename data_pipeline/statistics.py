@@ -132,7 +132,7 @@ def measured(image: Image.Image, background: RGB) -> np.ndarray:
 
 
 def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The statistics of several shards together, as they stand in a manifest:
+    """The statistics of several shards together, as they are in a manifest:
 
     samples, bad {count, causes, examples}, mean and std (RGB, 0..1), moments (what they are computed from, so that
     several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and height in pixels,

@@ -57,7 +57,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     The format is found by content, whatever the member is called. Raises BadSample.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow's own limit would stand in front of the configured one
+        Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow's own limit would come before the configured one
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except MemoryError:

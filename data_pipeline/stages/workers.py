@@ -1,4 +1,4 @@
-"""Loader processes around a webdataset pipeline: order kept, errors passed on as they are, nothing left behind."""
+"""Loader processes around a webdataset pipeline: they keep the order, pass errors on, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 T = TypeVar("T")
 HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else [])}
-"""Signals that do not end a loader process; macOS cannot tell who has sent a TERM, so there it does."""
+"""Signals that do not end a loader process. macOS cannot tell who sent a TERM, so there a TERM does."""
 
 
 def of_this_worker(items: Iterable[T]) -> Iterator[T]:
@@ -35,7 +35,7 @@ class _Failure:
 
 
 class _Guarded(IterableDataset):
-    """Yields what the pipeline yields; an exception becomes the last item, since torch would rewrite its message."""
+    """Yields what the pipeline yields; an exception becomes the last item, because torch would rewrite its message."""
 
     def __init__(self, pipeline: Iterable):
         self.pipeline = pipeline

@@ -52,7 +52,7 @@ def load(
     return iter(train_loader(config or settings(), ordered(*manifests), manifests, tokenizer, **chosen))
 
 
-def dealt(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataConfig, world: int) -> list[MicroBatch]:
+def all_ranks(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataConfig, world: int) -> list[MicroBatch]:
     """What all ranks get, put together step by step."""
     ranks = [list(load(manifests, tokenizer, config, rank=rank, world=world)) for rank in range(world)]
     share = BATCH // MICRO // world
@@ -103,7 +103,7 @@ def test_any_workers_and_ranks_give_the_rows_of_the_definition(
 ) -> None:
     torch.rand(300, 300) @ torch.rand(300, 300)  # threads of this process must not hang forked loaders
     config = settings(workers)
-    seen = dealt([manifest], tokenizer, config, world)
+    seen = all_ranks([manifest], tokenizer, config, world)
     assert_equal(seen, reference([manifest], tokenizer, config))
     assert seen[0].images_BCHW.is_contiguous(memory_format=torch.channels_last)
 
@@ -129,7 +129,7 @@ def test_an_epoch_has_every_sample_once_but_the_remainder(manifest: Manifest, to
 def test_several_sources_are_mixed_by_weight(tiny_shards: Callable[..., Path], tokenizer: Tokenizer) -> None:
     both = [load_manifest(tiny_shards(SIZES, name="shards")), load_manifest(tiny_shards((30,), name="other"))]
     expected = reference(both, tokenizer, settings())
-    assert_equal(dealt(both, tokenizer, settings(2), 2), expected)
+    assert_equal(all_ranks(both, tokenizer, settings(2), 2), expected)
     rows = Counter(key for item in expected for key in item.keys if item.step < 3)
     assert sum(count for key, count in rows.items() if key.startswith("train-000000")) >= 18
 
@@ -137,7 +137,7 @@ def test_several_sources_are_mixed_by_weight(tiny_shards: Callable[..., Path], t
 def test_bad_samples_are_replaced_by_the_next_good_one_and_recorded(tmp_path: Path, tokenizer: Tokenizer) -> None:
     bad = (2, 3, 7)
     manifest = damaged(tmp_path, bad)
-    seen = dealt([manifest], tokenizer, settings(), 1)
+    seen = all_ranks([manifest], tokenizer, settings(), 1)
     after = {2: 4, 3: 4, 7: 0}
     expected, records = [], []
     for step in range(STEPS):
@@ -153,7 +153,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_recorded(tmp_path: Pa
     assert [(r["step"], r["row"], r["shard"], r["key"], r["replaced_by"]) for r in got] == records
     assert {record["cause"].split()[0] for record in got} == {"not", "no"}
     for workers, world in ((2, 1), (0, 4), (1, 2)):
-        assert_equal(dealt([manifest], tokenizer, settings(workers), world), seen)
+        assert_equal(all_ranks([manifest], tokenizer, settings(workers), world), seen)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -294,7 +294,7 @@ def test_a_loader_can_be_sent_to_a_process_that_is_not_forked(manifest: Manifest
         ({"micro_batch": 0}, r"is not divisible by micro_batch 0"),
     ],
 )
-def test_batches_that_cannot_be_dealt_are_refused(
+def test_batches_that_cannot_be_shared_are_refused(
     manifest: Manifest, tokenizer: Tokenizer, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

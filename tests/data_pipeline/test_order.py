@@ -176,7 +176,7 @@ def test_micro_batches_of_a_mixture_are_mixed():
         assert Counter(row.source for row in mixture.rows(5, start, start + 16)) == {0: 12, 1: 4}
 
 
-def test_sequential_reads_every_sample_as_it_stands():
+def test_sequential_reads_every_sample_in_the_order_of_the_shards():
     rows = sequential([2, 0, 3])
     assert [(row.shard, row.index) for row in rows] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
     assert [row.position for row in rows] == list(range(5))

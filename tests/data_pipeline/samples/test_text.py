@@ -98,14 +98,14 @@ some_captions = st.lists(keywords.map(", ".join), min_size=1, max_size=4)
 
 
 @given(some_captions, st.integers(0, 1 << 32), st.booleans(), st.floats(0, 1))
-def test_the_same_chance_gives_the_same_words_of_one_caption(
+def test_the_same_seed_gives_the_same_words_of_one_caption(
     captions: list[str], seed: int, shuffle: bool, drop: float
 ) -> None:
     config = CaptionConfig(shuffle_keywords=shuffle, drop_keywords=drop)
     random.seed(seed + 1)
     caption = pick_caption(captions, config, random.Random(seed))
     random.seed(seed + 2)
-    assert caption == pick_caption(captions, config, random.Random(seed)), "global chance plays no part"
+    assert caption == pick_caption(captions, config, random.Random(seed)), "the global random state plays no part"
     parts = Counter(part.strip() for part in caption.split(",") if part.strip())
     assert any(parts <= Counter(part.strip() for part in given_.split(",")) for given_ in captions)
 
