@@ -17,7 +17,7 @@ from data_pipeline.stages.slots import check_batch
 from train.config import RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
-from train.terms.levels import STAGES
+from train.terms.objective import Objective
 
 GB = 1e9
 RESERVE = 1.3
@@ -61,30 +61,36 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
         ValueError: the model cannot be built, or the batch cannot be shared among `world` ranks.
     """
     model = build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
-    small, large = (_kept(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
+    (small, outputs), (large, _) = (_forward(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
+    scalars = Objective(config).scalars
+    numbers = sum(value[0].numel() for name, value in outputs.items() if name not in scalars)
     check_batch(config.train.global_batch, config.train.micro_batch, world)
     share = config.train.global_batch // (config.train.micro_batch * world)
     resident = min(max(1, config.train.resident), share)
     activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Plan(parameters, learning, max(activations, 0), loss_bytes(config, world), world, config.optim.ema > 0)
+    return Plan(
+        parameters, learning, max(activations, 0), loss_bytes(config, world, numbers), world, config.optim.ema > 0
+    )
 
 
-def loss_bytes(config: RunConfig, world: int) -> int:
-    """Gathered features and their gradients, and the logits that exist at once with their gradient."""
-    batch, width, tile = config.train.global_batch, config.model.embed_dim, config.loss.tile
-    levels = config.model.multiscale
-    vectors = 1 + levels.enabled * (len(levels.image_stages) or STAGES)
-    features = 4 * batch * width * 4 * vectors
+def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:
+    """Gathered features and their gradients, and the logits that exist at once with their gradient.
+
+    Args:
+        numbers: how many numbers the model puts out per pair: of both embeddings, and of the terms.
+    """
+    batch, tile = config.train.global_batch, config.loss.tile
+    features = 2 * batch * numbers * 4
     rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
     columns = min(tile, batch) if config.loss.rows == "tiled" else batch
     return features + 3 * rows * columns * 4
 
 
-def _kept(model: PairModel, rows: int, tokens: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass of `rows` samples; weights are not counted."""
+def _forward(model: PairModel, rows: int, tokens: int, bf16: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that autograd keeps of a forward pass of `rows` samples, weights not counted, and the model's outputs."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -99,6 +105,5 @@ def _kept(model: PairModel, rows: int, tokens: int, bf16: bool) -> int:
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        output = model([batch], [0])
-    del output
-    return sum(kept.values())
+        outputs = model([batch], [0])
+    return sum(kept.values()), {name: value.detach() for name, value in outputs.items()}

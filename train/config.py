@@ -99,7 +99,7 @@ class MultiscaleConfig:
 
 @dataclass
 class SelfSupervisionConfig:
-    """Terms inside one modality, added to the contrastive loss (train/terms/views.py)."""
+    """Terms inside one modality, added to the contrastive loss (train/terms/views.py, words.py)."""
 
     image: float = 0.0
     """Weight of the contrastive term between two views of every image; 0 is off. Costs a second pass of the tower."""

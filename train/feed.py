@@ -11,7 +11,7 @@ from data_pipeline.order import build_order
 from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.tokenizer import Tokenizer
-from train import distributed
+from train import distributed, terms
 from train.config import RunConfig
 
 
@@ -42,7 +42,7 @@ class Feed:
 
     def batches(self, tokenizer: Tokenizer, start_step: int) -> Iterable[MicroBatch]:
         """This process's micro-batches of the steps from `start_step` on, in order."""
-        train, ssl = self.config.train, self.config.model.self_supervision
+        train = self.config.train
         share: dict[str, Any] = {
             "seed": train.seed,
             "micro_batch": train.micro_batch,
@@ -50,7 +50,7 @@ class Feed:
             "world": distributed.world_size(),
             "start_step": start_step,
             "stop_step": self.steps,
-            "extras": Extras(second_view=ssl.image > 0, mask=ssl.mask if ssl.text > 0 else 0.0),
+            "extras": Extras(**terms.extras(self.config.model)),
         }
         if self.config.data.mode == "stream":
             return stream_loader(self.config.data, tokenizer, global_batch=train.global_batch, **share)

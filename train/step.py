@@ -1,11 +1,11 @@
-"""One optimizer step: the gradient of the contrastive loss over the global batch, however its micro-batches are dealt.
+"""One optimizer step: the gradient of the loss over the global batch, however many ranks share its micro-batches.
 
-The towers see a micro-batch at a time; the loss sees all B rows. Where a process keeps the activations of its whole
-share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph, the loss
-gives the gradient with respect to the features, and a second forward of each part carries it into the towers
+The towers see a micro-batch at a time; the loss sees all rows of the global batch. Where a rank keeps the activations
+of its whole share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph,
+the loss gives the gradient with respect to the features, and a second forward of each part carries it into the towers
 (GradCache, arXiv 2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
 
-Shape suffixes: B global batch, b rows of this process, D embedding.
+b: rows of this rank.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from train import distributed
 from train.config import LossConfig, RunConfig
 from train.engine.base import Engine
 from train.engine.embedding import embedding_metrics
+from train.loss.gradients import loss_gradients
 from train.model import norm
-from train.terms.objective import objective
-
-Outputs = dict[str, Tensor]
-SCALARS = ("logit_scale", "logit_bias", "level_scales", "level_biases", "level_shares")
+from train.terms.objective import Objective
 
 
 def training_step(
@@ -35,7 +33,7 @@ def training_step(
     """Train on one global batch.
 
     Args:
-        micro_batches: this process's share of the step, in order, on the engine's device.
+        micro_batches: this rank's share of the step, in order, on the engine's device.
         measure: also return what train.engine's meter and embedding measure.
 
     Returns:
@@ -46,13 +44,16 @@ def training_step(
     parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
     cached = len(parts) > 1
     # Before the forward, which reading them from a GPU would wait for.
-    ids = row_ids(micro_batches, config.loss)
+    image_ids_b, text_ids_b = row_ids(micro_batches, config.loss)
 
     engine.announce_backward(last=not cached)
     with norm.recording(engine.module):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
-    losses, gradients = loss_gradients(outputs, config, *ids)
+    objective = Objective(config)
+    losses, gradients = loss_gradients(
+        outputs, objective, scalars=objective.scalars, image_ids_b=image_ids_b, text_ids_b=text_ids_b
+    )
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.announce_backward(last=number == len(parts))
@@ -73,54 +74,8 @@ def training_step(
     return metrics
 
 
-def loss_gradients(
-    outputs: Sequence[Outputs], config: RunConfig, image_ids_B: Tensor | None = None, text_ids_B: Tensor | None = None
-) -> tuple[Outputs, list[Outputs]]:
-    """The objective over the global batch and its gradient with respect to every part's outputs.
-
-    Args:
-        outputs: what the model returned for each part of this process's rows: features [rows, ...], and SCALARS, which
-            are the same in every part.
-        image_ids_B, text_ids_B: equal numbers mark duplicates, for `loss.mask_duplicates`.
-
-    Returns:
-        Losses of the global batch by the names of their metrics, and per part a tensor for every output. A process's
-        loss is that of its own rows, so that the mean over ranks is the global loss: features get the sum of all
-        ranks' gradients, which the engine averages. All of it stays on the device: a number read here would keep a GPU
-        from going straight on to the backward pass.
-    """
-    names = [name for name in outputs[0] if name not in SCALARS]
-    # On a CPU float64 costs nothing beside the towers: rounded to float32 after the sums over ranks, gradients are the
-    # same to the last bit whoever owned which rows.
-    dtype = torch.float64 if outputs[0]["image"].device.type == "cpu" else torch.float32
-    scalars = {name: outputs[0][name].detach().to(dtype).requires_grad_() for name in SCALARS if name in outputs[0]}
-    own = {name: torch.cat([output[name].detach() for output in outputs]).to(dtype) for name in names}
-    full = {name: distributed.all_gather_rows(value).requires_grad_() for name, value in own.items()}
-
-    rows = own["image"].shape[0]
-    start = rows * distributed.rank()
-    ids = {"image_ids_B": image_ids_B, "text_ids_B": text_ids_B}
-    inputs = full | scalars
-    total, terms = objective(inputs, config, start=start, stop=start + rows, **ids)
-    grads = dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
-
-    sizes = [output["image"].shape[0] for output in outputs]
-    split = {name: distributed.reduce_scatter_rows(grads[name]).split(sizes) for name in names}
-    # Means over ranks: the ranks' shares, each rounded by itself, would not add up to the same bits.
-    values = [value.detach().reshape(1) for value in terms.values()] + [grads[name] for name in scalars]
-    means = distributed.all_reduce_sum(torch.cat(values)) / distributed.world_size()
-    losses, *means = means.split([len(terms), *(len(value) for value in scalars.values())])
-    # Scalars come out of every part's forward; each part carries an equal share of their gradient.
-    shares = {name: mean / len(outputs) for name, mean in zip(scalars, means, strict=True)}
-    gradients = []
-    for part, output in enumerate(outputs):
-        whole = {name: split[name][part] for name in names} | shares
-        gradients.append({name: value.to(output[name].dtype) for name, value in whole.items()})
-    return dict(zip(terms, losses, strict=True)), gradients
-
-
 def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:
-    """Numbers [B] int64 that are equal for rows with the same sample key, and for rows with the same caption tokens."""
+    """Numbers [b] int64 that are equal for rows with the same sample key, and for rows with the same caption tokens."""
     if not config.mask_duplicates:
         return None, None
     captions, images = [], []
@@ -129,8 +84,8 @@ def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Te
             captions.append(_digest(repr(ids[: sum(mask)]).encode()))
         images += [_digest(name_bytes(key)) for key in batch.keys]
     device = micro_batches[0].images_BCHW.device
-    own = [torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions)]
-    return distributed.all_gather_rows(own[0]), distributed.all_gather_rows(own[1])
+    image_ids_b, text_ids_b = (torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions))
+    return image_ids_b, text_ids_b
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
@@ -139,7 +94,7 @@ def micro_batch_seed(seed: int, step: int, index: int) -> int:
 
 
 def batch_digest(micro_batches: Sequence[MicroBatch], micro_batch: int) -> int:
-    """A number of which the sum over ranks (modulo 2^64) tells which sample stood in which row of the global batch."""
+    """A number whose sum over ranks (modulo 2^64) tells which sample was in which row of the global batch."""
     total = 0
     for batch in micro_batches:
         for row, key in enumerate(batch.keys, start=batch.index * micro_batch):

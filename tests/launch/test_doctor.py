@@ -214,12 +214,12 @@ def test_what_one_rank_alone_finds_names_its_host():
 
 def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
     config = RunConfig()
-    config.train.global_batch, config.model.embed_dim = 32_768, 512
+    config.train.global_batch = 32_768
     config.loss.rows = "full"
-    full = memory.loss_bytes(config, world=1)
+    full = memory.loss_bytes(config, world=1, numbers=2 * 512)
     assert full == 4 * 32_768 * 512 * 4 + 3 * 32_768**2 * 4
     config.loss.rows = "tiled"
-    assert memory.loss_bytes(config, world=1) < full / 20
+    assert memory.loss_bytes(config, world=1, numbers=2 * 512) < full / 20
 
 
 def test_gpu_and_driver_are_reported_here():

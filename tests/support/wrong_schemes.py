@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from train import distributed, step
+from train.loss import gradients
 
 FEATURES = ("image", "text")
 
@@ -62,14 +63,14 @@ def sabotaged(scheme: str) -> Iterator[None]:
     wrong = SCHEMES.get(scheme)
     right = step.loss_gradients
 
-    def loss_gradients(*arguments: Any) -> tuple[dict, list[dict]]:
-        losses, parts = right(*arguments)
+    def loss_gradients(*arguments: Any, **options: Any) -> tuple[dict, list[dict]]:
+        losses, parts = right(*arguments, **options)
         return losses, wrong(parts, distributed.world_size())
 
     if wrong is None:
         yield
     elif isinstance(wrong, SimpleNamespace):
-        with mock.patch.object(step, "distributed", wrong):
+        with mock.patch.object(gradients, "distributed", wrong):
             yield
     else:
         with mock.patch.object(step, "loss_gradients", loss_gradients):

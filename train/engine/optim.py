@@ -41,7 +41,7 @@ def param_groups(model: PairModel, config: RunConfig) -> list[dict]:
 
     No decay on vectors (norms, biases, layer scales, class tokens, the logit scale) and on relative position biases.
     Layer-wise decay (as in ELECTRA, arXiv 2003.10555): a tower's layer that is k layers below its top has the peak
-    lr * layer_decay^k. Projections, side heads and scale have optim.lr.
+    lr * layer_decay^k. Projections, heads of terms and scale have optim.lr.
 
     A tower with locked_until -1 has no groups. One that unlocks later has the rate 0 until then, with which AdamW
     changes nothing and decays nothing, and zero gradients (train.model), which neither its moments nor the clipped norm
@@ -71,11 +71,13 @@ def _values_by_parameter(model: PairModel, config: RunConfig) -> dict[str, dict]
         for depth, names in enumerate(reversed(layers)):
             lr = (peak if options.lr is None else options.lr) * options.layer_decay**depth
             values |= {f"{tower}.{name}": _values(tower, "tower", lr, options.locked_until) for name in names}
-        for name, _ in model.named_parameters():
-            if name.startswith((f"{tower}_projection.", f"{tower}_levels.", f"{tower}_ssl.")):
-                values[name] = _values(tower, "projection", peak, 0)
-    rest = [name for name, _ in model.named_parameters() if name not in values]
-    return values | {name: _values("shared", "scale", peak, 0) for name in rest}
+        heads = [name for name in _named(model, tower) if name not in values]
+        values |= {name: _values(tower, "projection", peak, 0) for name in heads}
+    return values | {name: _values("shared", "scale", peak, 0) for name in _named(model, "shared")}
+
+
+def _named(model: PairModel, branch: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if model.branches[name.partition(".")[0]] == branch]
 
 
 def _values(tower: str, part: str, lr: float, unlocked_at: int) -> dict:

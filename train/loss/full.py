@@ -1,10 +1,10 @@
 """Contrastive losses as pure functions of the global batch's features.
 
-softmax: symmetric cross-entropy over the rows and columns of the similarity matrix (CLIP, arXiv 2103.00020, figure 3).
+softmax: symmetric cross-entropy over rows and columns of the similarity matrix (CLIP, arXiv 2103.00020, figure 3).
 sigmoid: one binary decision per pair (SigLIP, arXiv 2303.15343, algorithm 1).
 
-A rank owns rows [start, stop) of the global batch. Its loss is the share of those rows, and the mean of that over ranks
-is the loss of the global batch; so are the gradients, once summed over ranks and divided by their number.
+A rank owns rows [start, stop) of the global batch, and its loss is the mean over those rows. The mean of that over
+ranks is the loss of the global batch, and the mean of the gradients over ranks is its gradient.
 
 B: pairs of the global batch, b: pairs of this rank, D: features.
 """
@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.config import LossConfig
-from train.loss.tiled import Ids, exact_matmul, tiled_sigmoid, tiled_softmax
+from train.loss.ids import Ids
+from train.loss.tiled import exact_matmul, tiled_sigmoid, tiled_softmax
+
+CLIP = LossConfig()
 
 
 def contrastive_loss(
@@ -28,26 +31,43 @@ def contrastive_loss(
     text_BD: Tensor,
     logit_scale: Tensor,
     *,
-    start: int,
-    stop: int,
-    config: LossConfig,
+    config: LossConfig = CLIP,
+    start: int = 0,
+    stop: int | None = None,
     bias: Tensor | None = None,
     image_ids_B: Tensor | None = None,
     text_ids_B: Tensor | None = None,
 ) -> Tensor:
-    """The share of rows [start, stop) in the contrastive loss of the global batch; a scalar, fp32 inside.
+    """The contrastive loss of rows [start, stop) against the global batch; a scalar, fp32 inside.
 
-    image_BD, text_BD: features of all ranks, L2-normalized; row i of one belongs to row i of the other.
-    logit_scale: [1], what cosine similarities are multiplied by (exp already applied). bias: [1], sigmoid only.
-    image_ids_B, text_ids_B: integers, equal for equal images or captions; used where config.mask_duplicates is set.
     Differentiable in image_BD, text_BD, logit_scale and bias, once.
+
+    Args:
+        image_BD, text_BD: features of all ranks, L2-normalized; row i of one belongs to row i of the other.
+        logit_scale: [1], what cosine similarities are multiplied by (exp already applied).
+        config: which loss; by default CLIP's, in tiles.
+        start, stop: this rank's rows; by default all rows.
+        bias: [1], what is then added; sigmoid only, by default 0.
+        image_ids_B, text_ids_B: integers, equal for equal images or captions; used where config.mask_duplicates is set.
+
+    Raises:
+        ValueError: an argument does not fit the others.
     """
     B = image_BD.shape[0]
-    assert image_BD.shape == text_BD.shape, f"image {tuple(image_BD.shape)} and text {tuple(text_BD.shape)} features"
-    assert 0 <= start < stop <= B, f"rows {start} to {stop} of {B}"
+    stop = B if stop is None else stop
+    if image_BD.ndim != 2 or image_BD.shape != text_BD.shape:
+        raise ValueError(
+            f"image_BD has shape {list(image_BD.shape)} and text_BD {list(text_BD.shape)}: both must be [B, D], with "
+            "the embeddings of one pair in the same row"
+        )
+    if not 0 <= start < stop <= B:
+        raise ValueError(f"start {start} and stop {stop} must be a range of the {B} rows of image_BD")
     ids = None
     if config.mask_duplicates:
-        assert image_ids_B is not None and text_ids_B is not None, "loss.mask_duplicates needs the ids of the batch"
+        if image_ids_B is None or text_ids_B is None or len(image_ids_B) != B or len(text_ids_B) != B:
+            raise ValueError(
+                f"config.mask_duplicates needs image_ids_B and text_ids_B, one number for each of the {B} rows"
+            )
         ids = Ids(image_ids_B, text_ids_B)
     own = slice(start, stop)
     with exact_matmul(image_BD.device.type):

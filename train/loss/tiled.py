@@ -1,7 +1,7 @@
 """The losses of train.loss a tile of logits at a time: neither B x B nor b x B numbers ever exist together.
 
 softmax: an online log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867), in both directions in one pass over the tiles
-where a process owns all rows; its maxima and sums are saved, and the backward pass computes each tile again.
+where a rank owns all rows; its maxima and sums are saved, and the backward pass computes each tile again.
 sigmoid: a sum over pairs, so one pass yields the loss and its gradients.
 
 b: rows of this rank, B: pairs of the global batch, D: features, r and c: rows and columns of a tile.
@@ -20,30 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.config import LossConfig
-
-
-class Ids(NamedTuple):
-    """Which images and which captions of the global batch are the same: equal numbers mean equal content."""
-
-    image_B: Tensor
-    text_B: Tensor
-
-    def duplicates(self, rows: slice, columns: slice) -> Tensor:
-        """[r, c], true for pairs that are no true negatives: the same image or caption, but not the pair itself."""
-        same_rc = self.image_B[rows, None] == self.image_B[None, columns]
-        same_rc |= self.text_B[rows, None] == self.text_B[None, columns]
-        offset = rows.start - columns.start
-        if -same_rc.shape[0] < offset < same_rc.shape[1]:
-            same_rc.diagonal(offset).fill_(False)
-        return same_rc
-
-    def kept(self) -> Tensor:
-        """[B], how many pairs remain in each row, the positive among them; by inclusion and exclusion."""
-        B = self.image_B.shape[0]
-        images_B, texts_B = (torch.unique(ids_B, return_inverse=True)[1] for ids_B in self)
-        both_B = torch.unique(images_B * B + texts_B, return_inverse=True)[1]
-        same_image_B, same_text_B, same_both_B = (torch.bincount(group)[group] for group in (images_B, texts_B, both_B))
-        return B + 1 - (same_image_B + same_text_B - same_both_B)
+from train.loss.ids import Ids
 
 
 @contextmanager

@@ -1,17 +1,86 @@
-"""Heads of the terms inside one modality: two views of an image, hidden words of a caption.
+"""Two views: a contrastive loss between two augmentations of every image, beside the pairs' (SLIP, arXiv 2112.12750).
 
-Shape suffixes: B samples, L tokens, D features, M hidden words, V vocabulary.
+Shape suffixes: B samples, D features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.samples.masking import UNMASKED
-from train.config import ModelConfig
-from train.model.text import TextTower
+from data_pipeline.batch import MicroBatch
+from train.config import LossConfig
+from train.loss.full import contrastive_loss
+from train.loss.ids import Rows
+from train.terms.base import Encoded, Heads, Outputs, Term, check_weight
+
+
+class Views(Term):
+    """model.self_supervision.image: a second pass of the image tower, over a second view of every image.
+
+    Outputs: view, other_view: unit vectors of the two views of every image.
+    """
+
+    @property
+    def enabled(self) -> bool:
+        return self.config.self_supervision.image > 0
+
+    def check(self) -> None:
+        options = self.config.self_supervision
+        check_weight("model.self_supervision.image", options.image, "image", self.config.image.locked_until)
+        for name in ("hidden", "dim", "temperature"):
+            if not getattr(options, name) > 0:
+                raise ValueError(f"--model.self_supervision.{name} is {getattr(options, name)}: it must be above 0")
+
+    def extras(self) -> dict[str, Any]:
+        return {"second_view": True}
+
+    def blank_inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        return {"views_BCHW": batch.images_BCHW}
+
+    def heads(self, pair: Any) -> dict[str, Heads]:
+        options = self.config.self_supervision
+        return {"image": {"image_ssl": ViewHead(pair.image.width, options.hidden, options.dim)}}
+
+    def from_image(self, pair: Any, encoded: Encoded) -> Outputs:
+        return {"view": pair.image_ssl(encoded.features_BD)}
+
+    def after_images(self, pair: Any, batches: Sequence[MicroBatch]) -> Outputs:
+        views = [batch.views_BCHW for batch in batches if batch.views_BCHW is not None]
+        assert len(views) == len(batches), "the loader makes second views by its Extras"
+        return {"other_view": pair.image_ssl(pair.other_image_features(views))}
+
+    def loss(self, outputs: Mapping[str, Tensor], rows: Rows, config: LossConfig) -> tuple[Tensor, Outputs]:
+        """NT-Xent (SimCLR, arXiv 2002.05709) of two views of every image.
+
+        Each of 2B views has its twin as the positive and the 2B - 2 views of other images as negatives. As a
+        contrastive loss: rows are all views, columns their twins; the one column that is the row itself has the row's
+        image, too, and is left out as a duplicate.
+        """
+        rows_D, columns_D = (
+            torch.stack([outputs[name] for name in names], 1).flatten(0, 1)
+            for names in (("view", "other_view"), ("other_view", "view"))
+        )
+        B = len(outputs["view"])
+        ids_B = torch.arange(B, device=rows_D.device) if rows.image_ids_B is None else rows.image_ids_B
+        ids = ids_B.repeat_interleave(2)
+        options = self.config.self_supervision
+        loss = contrastive_loss(
+            rows_D,
+            columns_D,
+            rows_D.new_tensor([1 / options.temperature]),
+            start=2 * rows.start,
+            stop=2 * (B if rows.stop is None else rows.stop),
+            config=replace(config, kind="softmax", mask_duplicates=True, label_smoothing=0.0),
+            image_ids_B=ids,
+            text_ids_B=ids,
+        )
+        return options.image * loss, {"loss/views": loss}
 
 
 class ViewHead(nn.Module):
@@ -28,54 +97,3 @@ class ViewHead(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         return F.normalize(self.layers(features_BD).float(), dim=-1)
-
-
-class WordHead(nn.Module):
-    """BERT's masked-language head (arXiv 1810.04805): a layer, then scores by the tower's own token embeddings.
-
-    The embeddings are a parameter of this module, too, so that ZeRO-3 gathers them for it; not so in its state.
-    """
-
-    def __init__(self, tower: TextTower) -> None:
-        super().__init__()
-        embeddings = tower.encoder.get_input_embeddings()
-        assert isinstance(embeddings, nn.Embedding), type(embeddings)
-        self.layer = nn.Linear(tower.width, embeddings.embedding_dim)
-        self.norm = nn.LayerNorm(embeddings.embedding_dim)
-        self.tied_VD = embeddings.weight
-        self.bias_V = nn.Parameter(torch.zeros(len(embeddings.weight)))
-
-    def forward(self, hidden_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Per caption the sum of the cross-entropies of its hidden words, float32 [B], and their number, [B]."""
-        hidden_BL = targets_BL != UNMASKED
-        words_MD = self.norm(F.gelu(self.layer(hidden_BLD[hidden_BL])))
-        scores_MV = F.linear(words_MD, self.tied_VD, self.bias_V)
-        losses_M = F.cross_entropy(scores_MV.float(), targets_BL[hidden_BL], reduction="none")
-        rows_M = hidden_BL.nonzero()[:, 0]
-        return losses_M.new_zeros(len(targets_BL)).index_add(0, rows_M, losses_M), hidden_BL.sum(1).float()
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}tied_VD")
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if f"{prefix}tied_VD" in missing:
-            missing.remove(f"{prefix}tied_VD")
-
-
-def check(config: ModelConfig) -> None:
-    """Raises ValueError where a term cannot be had."""
-    options = config.self_supervision
-    for name, tower in (("image", config.image), ("text", config.text)):
-        weight = getattr(options, name)
-        if weight < 0:
-            raise ValueError(f"--model.self_supervision.{name} is {weight}: a weight, 0 is off")
-        if weight and tower.locked_until < 0:
-            raise ValueError(
-                f"--model.self_supervision.{name} is {weight}, but --model.{name}.locked_until -1 keeps the tower "
-                "from learning: set one of them to 0"
-            )
-    for name in ("hidden", "dim", "temperature"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--model.self_supervision.{name} is {getattr(options, name)}: it must be above 0")

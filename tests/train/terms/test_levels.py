@@ -14,10 +14,11 @@ from train import cli
 from train.config import ImageTowerConfig, RunConfig
 from train.engine.optim import param_groups
 from train.evaluation.encode import evaluating
+from train.loss.ids import Rows
 from train.model.image import ImageTower
 from train.model.pair import build_model
-from train.terms.levels import AttentionPool, image_taps, widths
-from train.terms.objective import objective, weighed
+from train.terms.levels import AttentionPool, image_taps, weighed, widths
+from train.terms.objective import Objective
 
 
 @pytest.fixture
@@ -145,6 +146,7 @@ def test_fusion(config, cross_level):
 def test_the_objective_is_that_of_a_plain_reference(kind):
     torch.manual_seed(0)
     config = RunConfig()
+    config.model.multiscale.enabled = True
     config.loss.kind, config.model.multiscale.weight, config.model.multiscale.evenness = kind, 0.7, 0.3
     unit = {name: F.normalize(torch.randn(6, 3, 5, dtype=torch.float64), dim=-1) for name in ("image", "text")}
     outputs = {f"{name}_levels": value for name, value in unit.items()}
@@ -168,7 +170,7 @@ def test_the_objective_is_that_of_a_plain_reference(kind):
     shares = vectors["level_shares"]
     spread = sum(-math.log(3 * share) / 3 for share in shares)
     expected = top + 0.7 * (sum(w * level for w, level in zip(shares, levels, strict=True)) + 0.3 * spread)
-    parts = [objective(outputs, config, start=start, stop=start + 3) for start in (0, 3)]
+    parts = [Objective(config)(outputs, Rows(start, start + 3)) for start in (0, 3)]
     torch.testing.assert_close(sum(total for total, _ in parts) / 2, expected)
     for name, value in {"loss": top, "loss/total": expected, "loss/level2": levels[1]}.items():
         torch.testing.assert_close(sum(terms[name] for _, terms in parts) / 2, value)
@@ -208,7 +210,7 @@ def test_gradients_with_bf16_and_recomputed_activations(config, checkpointing):
         with torch.autocast("cpu", torch.bfloat16):
             outputs = model(make_batches(2), [0, 1])
         assert all(value.dtype == torch.float32 for value in outputs.values())
-        objective(outputs, config, start=0, stop=6)[0].backward()
+        Objective(config)(outputs, Rows())[0].backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(gradients[0], gradients[-1], strict=True))

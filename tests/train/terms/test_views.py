@@ -10,9 +10,10 @@ from train import cli
 from train.config import RunConfig
 from train.distributed import all_reduce_sum
 from train.engine.optim import param_groups
+from train.loss.ids import Rows
 from train.model import norm
 from train.model.pair import build_model
-from train.terms.objective import objective
+from train.terms.objective import Objective
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_two_views_are_contrasted_by_nt_xent():
     }
     scores = (views.flatten(0, 1) @ views.flatten(0, 1).T / 0.1).fill_diagonal_(-torch.inf)
     expected = F.cross_entropy(scores, torch.arange(12).roll(6))
-    parts = [objective(outputs, config, start=start, stop=start + 2)[1] for start in (0, 2, 4)]
+    parts = [Objective(config)(outputs, Rows(start, start + 2))[1] for start in (0, 2, 4)]
     torch.testing.assert_close(sum(part["loss/views"] for part in parts) / 3, expected)
     torch.testing.assert_close(parts[0]["loss/total"], parts[0]["loss"] + 2 * parts[0]["loss/views"])
 
@@ -88,7 +89,7 @@ def test_hidden_words_are_scored_as_bert_does(config):
             scores = reference(batch.masked_BL, attention_mask=batch.mask_BL).logits
             losses.append(F.cross_entropy(scores.flatten(0, 1), batch.targets_BL.flatten(), reduction="sum"))
     expected = torch.stack(losses).sum() / 9
-    terms = objective(outputs, config, start=0, stop=6)[1]
+    terms = Objective(config)(outputs, Rows())[1]
     torch.testing.assert_close(terms["loss/words"], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -96,7 +97,7 @@ def test_a_micro_batch_without_hidden_words_has_a_gradient_of_zero(config):
     model = build_model(config, MEAN, STD)
     (batch,) = batches_with_extras(1)
     batch.targets_BL.fill_(-100)
-    objective(model([batch], [0]), config, start=0, stop=3)[0].backward()
+    Objective(config)(model([batch], [0]), Rows())[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.text_ssl.bias_V.grad.abs().max() == 0
 
