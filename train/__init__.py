@@ -17,7 +17,7 @@ _HOMES = {
     "class_features": "train.evaluation.zeroshot",
     "contrastive_loss": "train.loss",
     "load_model": "train.checkpoint",
-    "loss_gradients": "train.step",
+    "loss_gradients": "train.loss",
     "retrieval_metrics": "train.evaluation.retrieval",
     "training_step": "train.step",
     "zeroshot_metrics": "train.evaluation.zeroshot",

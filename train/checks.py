@@ -12,10 +12,10 @@ from collections.abc import Callable
 from data_pipeline.samples.text import check_captions
 from data_pipeline.samples.transforms import eval_transform, train_transform
 from data_pipeline.stages.slots import check_batch
+from train import terms
 from train.cli import flatten
 from train.config import RunConfig
 from train.evaluation.suite import check_tasks
-from train.terms import levels, views
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -95,8 +95,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_ranges(config)
     check_data(config)
     check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
-    levels.check(config.model.multiscale, config.model.embed_dim)
-    views.check(config.model)
+    terms.check(config.model)
     check_tasks(config)
     if processes is not None:
         check_resident(config, processes)

@@ -34,7 +34,7 @@ from train.run.directory import open_run, read_results, record_config, write_res
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
 from train.run.version import code_version
-from train.step import batch_digest, training_step
+from train.step import training_step
 
 
 @dataclass
@@ -121,7 +121,7 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     """
     config, state = run.config, run.state
     own = [record for batch in micro_batches for record in batch.bad]
-    digest = batch_digest(micro_batches, config.train.micro_batch)
+    digest = int(torch.tensor([batch.digest for batch in micro_batches]).sum())  # modulo 2^64
     news = torch.tensor([len(own), int(bool(run.stop.name)), digest], dtype=torch.int64, device=run.engine.device)
     bad, stops, digest = distributed.all_reduce_sum(news).tolist()
 

@@ -10,16 +10,15 @@ b: rows of this rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.samples.text import name_bytes
+from data_pipeline.seeds import micro_batch_seed
 from train import distributed
-from train.config import LossConfig, RunConfig
+from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.embedding import embedding_metrics
 from train.loss.gradients import loss_gradients
@@ -43,17 +42,14 @@ def training_step(
     size = config.train.resident
     parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
     cached = len(parts) > 1
-    # Before the forward, which reading them from a GPU would wait for.
-    image_ids_b, text_ids_b = row_ids(micro_batches, config.loss)
 
     engine.announce_backward(last=not cached)
     with norm.recording(engine.module):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
     objective = Objective(config)
-    losses, gradients = loss_gradients(
-        outputs, objective, scalars=objective.scalars, image_ids_b=image_ids_b, text_ids_b=text_ids_b
-    )
+    ids = duplicate_ids(micro_batches) if config.loss.mask_duplicates else {}
+    losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.announce_backward(last=number == len(parts))
@@ -74,34 +70,11 @@ def training_step(
     return metrics
 
 
-def row_ids(micro_batches: Sequence[MicroBatch], config: LossConfig) -> tuple[Tensor | None, Tensor | None]:
-    """Numbers [b] int64 that are equal for rows with the same sample key, and for rows with the same caption tokens."""
-    if not config.mask_duplicates:
-        return None, None
-    captions, images = [], []
+def duplicate_ids(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """Of this rank's rows, for `loss_gradients`: equal numbers are the same sample, or the same caption."""
+    images, texts = [], []
     for batch in micro_batches:
-        for ids, mask in zip(batch.ids_BL.tolist(), batch.mask_BL.tolist(), strict=True):
-            captions.append(_digest(repr(ids[: sum(mask)]).encode()))
-        images += [_digest(name_bytes(key)) for key in batch.keys]
-    device = micro_batches[0].images_BCHW.device
-    image_ids_b, text_ids_b = (torch.tensor(values, dtype=torch.int64, device=device) for values in (images, captions))
-    return image_ids_b, text_ids_b
-
-
-def micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """The dropout seed of one micro-batch: the same wherever, and how often, it runs."""
-    return _digest(f"{seed}/{step}/{index}".encode())
-
-
-def batch_digest(micro_batches: Sequence[MicroBatch], micro_batch: int) -> int:
-    """A number whose sum over ranks (modulo 2^64) tells which sample was in which row of the global batch."""
-    total = 0
-    for batch in micro_batches:
-        for row, key in enumerate(batch.keys, start=batch.index * micro_batch):
-            total += _digest(name_bytes(f"{row} {key}"))
-    return (total + 2**63) % 2**64 - 2**63
-
-
-def _digest(data: bytes) -> int:
-    """63 bits of a hash."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+        assert batch.image_ids_B is not None and batch.text_ids_B is not None, "the loader sets them"
+        images.append(batch.image_ids_B)
+        texts.append(batch.text_ids_B)
+    return {"image_ids_b": torch.cat(images), "text_ids_b": torch.cat(texts)}

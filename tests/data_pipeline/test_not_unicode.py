@@ -5,17 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_pipeline.batch import MicroBatch
 from data_pipeline.commands.index import index_shard
+from data_pipeline.stages.collate import image_ids, order_digest
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader
 from tests.support.pack_inputs import run_pack, samples, skipped, start
 from tests.support.pictures import tiny_image
 from tests.support.tars import write_tar
-from train.config import LossConfig
-from train.step import batch_digest, row_ids
 
 
 def command(*arguments: object) -> str:
@@ -81,12 +78,8 @@ def test_members_of_a_shard_are_indexed_and_trained_on(shard: Path) -> None:
     reader = ShardReader(shard, manifest.shards[0])
     key = f"latin.tar/{reader.raw(0)['__key__']}"
     reader.close()
-    one = torch.ones((1, 3, 1, 1), dtype=torch.uint8)
-    batch = MicroBatch(one, torch.ones((1, 1), dtype=torch.long), torch.ones((1, 1), dtype=torch.bool), 0, 0, [key])
-    other = MicroBatch(one, batch.ids_BL, batch.mask_BL, 0, 0, ["latin.tar/other"])
-    assert batch_digest([batch], 1) != batch_digest([other], 1)
-    images, _ = row_ids([batch, other], LossConfig(mask_duplicates=True))
-    assert len(set(images.tolist())) == 2
+    assert order_digest([0], [key]) != order_digest([0], ["latin.tar/other"])
+    assert len(set(image_ids([key, "latin.tar/other"]).tolist())) == 2
 
 
 def test_a_shard_whose_path_cannot_be_read_is_named() -> None:

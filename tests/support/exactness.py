@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
+from data_pipeline.seeds import micro_batch_seed
 from tests.support.bert import write_bert
 from tests.support.distributed import run_distributed, start_context
 from tests.support.wrong_schemes import sabotaged
 from train.config import RunConfig
-from train.step import micro_batch_seed
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 LOSSES = ("full", "local", "tiled", "sigmoid")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.seeds import micro_batch_seed
 from tests.support.distributed import run_distributed
 from tests.support.exactness import engine_environment, make_batch, make_config, write_text_tower
 from tests.support.small import TEXT_FILES
@@ -118,7 +119,6 @@ def whole_weights(engine) -> dict[str, Tensor]:
 def reference(before: dict, after: dict, batch: list, config: RunConfig) -> dict[str, float]:
     """All metrics of a step between these weights, by a plain model and the formulas, in float64."""
     from train.model.pair import build_model
-    from train.step import micro_batch_seed
 
     model = build_model(config, *STATISTICS)
     model.load_state_dict(before, strict=False)
