@@ -285,20 +285,9 @@ def test_a_loader_can_be_sent_to_a_process_that_is_not_forked(manifest: Manifest
     assert_equal(list(pickle.loads(pickle.dumps(loader))), list(loader))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"micro_batch": 3}, r"^global_batch 8 is not divisible by micro_batch 3: give a multiple of 3, such as 6$"),
-        ({"world": 3}, r"^global_batch 8 is not divisible by 3 processes x micro_batch 2: .* of 6, such as 6$"),
-        ({"micro_batch": 4, "world": 3}, r"multiple of 12, such as 12$"),
-        ({"micro_batch": 0}, r"is not divisible by micro_batch 0"),
-    ],
-)
-def test_batches_that_cannot_be_shared_are_refused(
-    manifest: Manifest, tokenizer: Tokenizer, options: dict, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        load([manifest], tokenizer, **options)
+def test_batches_that_cannot_be_shared_are_refused(manifest: Manifest, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^global_batch 8 is not divisible by 3 processes x micro_batch 2"):
+        load([manifest], tokenizer, world=3)
 
 
 def test_unusable_workers_are_refused(manifest: Manifest, tokenizer: Tokenizer) -> None:

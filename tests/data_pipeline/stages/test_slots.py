@@ -1,0 +1,37 @@
+"""Shares of ranks: together every row of every step once, in whole micro-batches."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.stages.slots import check_batch, share_of
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3))
+def test_ranks_share_every_row_of_every_step(world: int, micro_batch: int, count: int, start: int, steps: int) -> None:
+    batch, stop = world * micro_batch * count, start + steps
+    shares = [share_of(rank, world, batch, micro_batch, start, stop) for rank in range(world)]
+    ranks = [list(share.micro_batches()) for share in shares]
+    for step, rank in itertools.product(range(start, stop), range(world)):
+        own = [(index, rows) for at, index, rows in ranks[rank] if at == step]
+        assert [index for index, _ in own] == list(range(rank * count, (rank + 1) * count))
+        rows = [row for _, of in own for row in of]
+        assert rows == list(range(rank * batch // world, (rank + 1) * batch // world))
+    assert sum(map(len, ranks)) == steps * world * count
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "world", "message"),
+    [
+        (8, 3, 1, r"^global_batch 8 is not divisible by micro_batch 3: give a multiple of 3, such as 6$"),
+        (8, 2, 3, r"^global_batch 8 is not divisible by 3 processes x micro_batch 2: give a multiple of 6, such as 6$"),
+        (8, 4, 3, r"multiple of 12, such as 12$"),
+        (8, 0, 1, r"^global_batch 8 is not divisible by micro_batch 0"),
+        (0, 2, 1, r"^global_batch 0 .* such as 2$"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(batch: int, micro_batch: int, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_batch(batch, micro_batch, world)
