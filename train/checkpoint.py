@@ -9,6 +9,7 @@
                                  tokenizer/             its tokenizer, as transformers saves one
                                  sha256.json            hash of each of the files above
     checkpoints/latest           name of the newest one
+    checkpoints/best             name of the best one, by `checkpoint.best`
 
 A checkpoint is written under a temporary name, hashed, synced to disk and renamed; then `latest` moves; then old ones
 leave. Format 1, which is still read, had neither `text` nor `tokenizer`.
@@ -42,6 +43,7 @@ from train.model.text_files import TEXT, TOKENIZER, another_text, with_own_text
 
 T = TypeVar("T")
 FORMATS = (1, 2)
+BEST = "best"
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "config.yaml")
 HASHES = "sha256.json"
 RETRY_SECONDS = (0.5, 2.0)
@@ -184,6 +186,61 @@ def load_part(path: Path, part: str) -> dict[str, Tensor]:
     return load_file(path / f"{part}.safetensors")
 
 
+def find(run: str | Path, step: str = "") -> Path:
+    """A checkpoint of a run, the same on all ranks; a collective.
+
+    Args:
+        run: a run directory, or one of its checkpoints, which is then the answer.
+        step: empty for the newest whole one, `best` for that of `checkpoint.best`, or a number of steps.
+
+    Raises:
+        ValueError: there is none; those that there are are named.
+    """
+    directory = Path(run)
+    if (directory / "state.json").is_file():
+        if step:
+            raise ValueError(f"step {step}: {run} is one checkpoint; give its run directory, {directory.parent.parent}")
+        return directory
+    if not step:
+        if found := newest(directory):
+            return found
+        raise ValueError(f"run {run}: there is no complete checkpoint in {_root(directory)}")
+    name = best(directory) if step == "best" else f"step_{int(step):08d}" if step.isdecimal() else ""
+    if name and (_root(directory) / name).is_dir():
+        return _root(directory) / name
+    there = ", ".join(map(str, steps(directory))) or "none"
+    hint = "; checkpoint.best has it kept" if step == "best" else ""
+    raise ValueError(f"step {step}: {run} has no such checkpoint{hint}. There are: {there}")
+
+
+def best(run_dir: Path) -> str:
+    """Name of the checkpoint that is marked as the best one; empty where none is."""
+    path = _root(run_dir) / BEST
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps of which there is a complete checkpoint, in order."""
+    return [int(path.name.removeprefix("step_")) for path in reversed(_complete(run_dir))]
+
+
+def mark_best(run_dir: Path, step: int, keep: int) -> None:
+    """Name the checkpoint of this step the best one, which retention leaves; the one before it may go. A collective.
+
+    Raises:
+        ValueError: on all ranks, where the directory cannot be written.
+    """
+    problem = ""
+    if distributed.is_main():
+        try:
+            write_atomically(_root(run_dir) / BEST, f"step_{step:08d}\n")
+            _prune(_root(run_dir) / f"step_{step:08d}", keep)
+        except OSError as error:
+            problem = f"{_root(run_dir) / BEST} could not be written: {error}; free or mend the disk and start again"
+    if problem := distributed.broadcast_object(problem):
+        raise ValueError(problem)
+
+
 def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
     """The newest model of a run, on the CPU in evaluation mode, and its configuration; averaged, where `optim.ema` is.
 
@@ -195,12 +252,9 @@ def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
     Raises:
         ValueError: there is no undamaged checkpoint.
     """
-    directory = Path(run_dir)
-    path = directory if (directory / "state.json").is_file() else newest(directory)
-    if path is None:
-        raise ValueError(f"--run {run_dir}: there is no complete checkpoint in {_root(directory)}")
+    path = find(run_dir)
     if damage := verify(path):
-        raise ValueError(f"--run {run_dir}: the checkpoint is damaged ({damage})")
+        raise ValueError(f"run {run_dir}: the checkpoint is damaged ({damage})")
     config, state = with_own_text(cli.load(path / "config.yaml"), path), load_state(path)
     model = build_model(config, state.mean, state.std, pretrained=False)
     load_weights(path, model, averaged=config.optim.ema > 0)
@@ -316,11 +370,12 @@ def _sweep(run_dir: Path) -> None:
 
 
 def _prune(target: Path, keep: int) -> None:
-    """Drop what is older than the `keep` newest up to `target`, which was just saved.
+    """Drop what is older than the `keep` newest up to `target`, which was just saved; the best one stays.
 
     Later ones, which can only be there because they were passed over as damaged, must not push it out.
     """
+    spared = best(target.parent.parent)
     kept = [path for path in _complete(target.parent.parent) if path.name <= target.name]
-    for path in kept[keep:] if keep else []:
+    for path in [path for path in kept[keep:] if path.name != spared] if keep else []:
         # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
         shutil.rmtree(path.rename(_part(path)))

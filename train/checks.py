@@ -15,6 +15,7 @@ from data_pipeline.stages.slots import check_batch
 from train import terms
 from train.cli import flatten
 from train.config import RunConfig
+from train.evaluation.best import check_best
 from train.evaluation.suite import check_tasks
 
 
@@ -79,6 +80,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "tracking.log_every": (_at_least(1), "at least 1"),
     "tracking.diagnostics_every": (_at_least(0), "steps, 0 is off"),
     "train.max_skipped": (_at_least(0), "0 or more"),
+    "train.patience": (_at_least(0), "evaluations, 0 is off"),
     "train.seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     "train.resident": (_at_least(1), "at least 1"),
     "train.steps": (_at_least(0), "0: as many as --train.epochs are"),
@@ -97,6 +99,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
     terms.check(config.model)
     check_tasks(config)
+    check_best(config)
     if processes is not None:
         check_resident(config, processes)
 

@@ -213,6 +213,8 @@ class TrainConfig:
     """Seed of weights, order, augmentation and dropout."""
     max_skipped: int = 10
     """Steps in a row with a gradient that is not finite (all ranks skip them) after which the run stops."""
+    patience: int = machine(0)
+    """Evaluations in a row in which checkpoint.best gets no better, after which the run ends; 0: it never does."""
 
 
 @dataclass
@@ -222,17 +224,21 @@ class EvalTask:
     name: str = ""
     """What its metrics are called; different for each."""
     task: str = "retrieval"
-    """retrieval, zeroshot or probe (train/evaluation)."""
+    """retrieval, zeroshot, knn or probe (train/evaluation)."""
     data: str = ""
     """Held-out data: a manifest.json (or its directory); empty: data.val."""
     every: int = 0
     """Steps between evaluations; 0: eval.every."""
     classnames: str = ""
-    """zeroshot: a file with one class name per line, in the order of their numbers."""
+    """zeroshot: a file with the names of the classes, in the order of their numbers."""
     templates: str = ""
-    """zeroshot: a file with one sentence per line, in which {} is the class name; empty: four sentences."""
+    """zeroshot: imagenet (CLIP's 80 sentences), or a file of sentences in which {} or {c} is the class name; empty:
+    four sentences."""
     fit: str = ""
-    """probe: manifest of the data to fit to; empty: four fifths of `data`, by a hash of the key."""
+    """probe: manifest of the data to fit to; empty: four fifths of `data`, by a hash of the key. knn: of the data that
+    neighbours are from; empty: the other images of `data`."""
+    neighbours: int = 200
+    """knn: how many neighbours vote."""
 
 
 @dataclass
@@ -257,6 +263,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = machine(3)
     """Newest checkpoints that stay; 0 keeps all."""
+    best: str = machine("")
+    """Metric of an evaluation, such as val/t2i_R@1: the best checkpoint by it is kept beside the newest."""
 
 
 @dataclass

@@ -16,10 +16,10 @@ from functools import partial
 
 from data_pipeline.tokenizer import Tokenizer
 from train import cli
-from train.checkpoint import load_model
+from train.checkpoint import find, load_model, load_state
 from train.config import EvalTask, RunConfig
 from train.distributed import is_main
-from train.engine import precision
+from train.engine.precision import autocast
 from train.engine.start import start
 from train.evaluation import TASKS, build_task, find_task
 from train.evaluation.encode import Encoder
@@ -28,8 +28,8 @@ from train.evaluation.task import Task
 from train.model.text_files import tokenizer_name
 
 
-def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float]]:
-    """A task, and its metrics for the newest model of a run; the same on every process.
+def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float], str]:
+    """A task, its metrics for a model of the run, and the precision of the forward passes; the same on every process.
 
     Raises:
         ValueError: naming the option that is missing or wrong, or what the data lacks.
@@ -37,15 +37,33 @@ def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float]]:
     if options.workers is not None and options.workers < 0:
         raise ValueError(f"workers {options.workers}: 0 (load in this process) or more")
     accelerator = start()
-    model, config = load_model(options.run)
+    path = find(options.run, options.step)
+    model, config = load_model(path)
+    recorded = getattr(load_state(path), "precision", "")
+    precision, why = chosen_precision(options.precision, recorded, accelerator.mixed_precision)
+    if is_main():
+        print(f"{path}, in {precision}{why}", file=sys.stderr)
     task = build_task(described(options, config))
     if options.workers is not None:
         config.data.workers = options.workers
     tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
     model.to(accelerator.device)
-    autocast = partial(precision.autocast, accelerator.device, accelerator.mixed_precision)
-    encoder = Encoder(model, config, tokenizer, autocast=autocast)
-    return task, task.measure(encoder).metrics
+    encoder = Encoder(model, config, tokenizer, autocast=partial(autocast, accelerator.device, precision))
+    return task, task.measure(encoder).metrics, precision
+
+
+def chosen_precision(asked: str, recorded: str, launched: str) -> tuple[str, str]:
+    """fp32 or bf16, and in words why: as asked, else as the run was trained, else as the launcher says.
+
+    recorded, launched: in accelerate's words, in which fp32 is `no`; empty where it is not known.
+    """
+    names = {"no": "fp32"}
+    trained = names.get(recorded, recorded)
+    if asked:
+        return asked, f" (--precision; the run was trained in {trained})" if trained not in ("", asked) else ""
+    if trained:
+        return trained, ", as the run was trained (--precision for another)"
+    return names.get(launched, launched), " (the checkpoint does not say how it was trained; --precision for another)"
 
 
 def described(options: argparse.Namespace, config: RunConfig) -> EvalTask:
@@ -78,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m train.evaluate", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--run", required=True, help="run directory, or one checkpoint of it")
+    parser.add_argument("--step", default="", help="best, or a number of steps; default: the newest checkpoint")
     kinds = ", ".join(TASKS)
     parser.add_argument("--task", default="retrieval", help=f"{kinds}, or the name of one of the run's eval.tasks")
     parser.add_argument("--data", help="manifest of the data, or its directory; default: the run's data.val")
@@ -85,6 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
         kind = type(next(item.default for item in fields(EvalTask) if item.name == name))
         parser.add_argument(f"--{name}", type=kind, help="; ".join(f"{task}: {text}" for task, text in readers.items()))
     parser.add_argument("--workers", type=int, help="loader processes; default: as in the run")
+    parser.add_argument(
+        "--precision",
+        default="",
+        choices=["bf16", "fp32"],
+        help="of the forward passes; default: as the run was trained",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -103,13 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     try:
         with stdout_kept():
-            task, metrics = run_task(options)
+            task, metrics, precision = run_task(options)
     except ValueError as error:
-        print(f"error: {cli.with_flags(str(error), ['task', 'data', 'workers', *own_options()])}", file=sys.stderr)
+        print(
+            f"error: {cli.with_flags(str(error), ['run', 'step', 'task', 'data', 'workers', *own_options()])}",
+            file=sys.stderr,
+        )
         return 2
     if is_main():
         if options.json:
-            print(json.dumps({"task": options.task, "run": options.run, **metrics}))
+            print(json.dumps({"task": options.task, "run": options.run, "precision": precision, **metrics}))
         else:
             print(task.table(metrics))
     return 0

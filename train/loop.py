@@ -23,6 +23,7 @@ from train.engine.ema import WeightAverage
 from train.engine.optim import set_lrs
 from train.engine.start import start
 from train.evaluation import find_task
+from train.evaluation.best import Best
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
@@ -31,6 +32,7 @@ from train.model.pair import build_model
 from train.model.text_files import text_files, tokenizer_name, with_own_text
 from train.report.page import write_report
 from train.run.directory import open_run, read_results, record_config, write_results
+from train.run.records import read_history
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
 from train.run.version import code_version
@@ -52,6 +54,7 @@ class Run:
     suite: Suite
     encoder: Encoder
     text_files: Mapping[str, bytes]
+    best: Best
     tracker: Tracker
     stop: StopRequest
 
@@ -79,7 +82,8 @@ def train(run: Run) -> int:
     batches = iter(run.batches)
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
     clock = time.perf_counter()
-    while state.step < run.steps:
+    found: dict[str, Evaluation] = {}
+    while state.step < run.steps and not run.best.exhausted:
         micro_batches = fetch(batches, share, engine.device)
         waited = time.perf_counter() - clock
         multipliers = run.balance.multipliers()
@@ -97,17 +101,19 @@ def train(run: Run) -> int:
         speed = {"samples_per_second": rate, "data_wait": waited / seconds, "batch_digest": digest}
         tracker.log(state.step, metrics | speed)
 
-        done = state.step == run.steps
-        if not done:
-            held_out(run, run.suite.due(state.step))
-        if done or stopping or due(state.step, config.checkpoint.every):
+        found = held_out(run, run.suite.due(state.step)) if state.step < run.steps else {}
+        better = improved(run, found)
+        done = state.step == run.steps or run.best.exhausted
+        if done or stopping or better or due(state.step, config.checkpoint.every):
             checkpoint.save(run.directory, collect(engine, run.average, state), state, config, run.text_files)
+        if better:
+            checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
         if stopping and not done:
             run.stop.ignore_further()
             tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
             return EXIT_PREEMPTED
         clock = time.perf_counter()
-    return finish(run)
+    return finish(run, found)
 
 
 def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, str]:
@@ -148,10 +154,17 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     return stopping, f"{digest % 2**64:016x}"
 
 
-def finish(run: Run) -> int:
-    """Evaluate the finished model, write the report and mark the run as done."""
-    state = run.state
-    found = held_out(run, run.suite.tasks)
+def finish(run: Run, found: dict[str, Evaluation]) -> int:
+    """Evaluate the finished model but for what is `found` already, write the report and mark the run as done."""
+    state, best = run.state, run.best
+    if best.exhausted:
+        run.tracker.message(
+            f"--train.patience {best.patience}: {best.metric} has not got better since step {best.step}; the run ends"
+        )
+    last = held_out(run, [name for name in run.suite.tasks if name not in found])
+    if improved(run, last):
+        checkpoint.mark_best(run.directory, state.step, run.config.checkpoint.keep)
+    found = found | last
     tasks = {
         name: {"task": run.suite.tasks[name].given.task, "metrics": evaluation.metrics}
         for name, evaluation in found.items()
@@ -166,6 +179,7 @@ def finish(run: Run) -> int:
         "skipped_steps": state.skipped,
         "val": evaluation.metrics if evaluation else {},
         "tasks": tasks,
+        "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else {},
     }
     run.tracker.finish(0)
     if distributed.is_main():
@@ -212,9 +226,23 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker.message(f"images are normalized by --data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"going on from {found}")
-    balance = Balance(config, state.balance)
-    parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, tracker, stop)
+    balance, best = Balance(config, state.balance), follow(config, directory, state.step)
+    parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, best, tracker, stop)
     return Run(config, directory, *parts)
+
+
+def follow(config: RunConfig, directory: Path, step: int) -> Best:
+    """The best checkpoint so far of a run that is at this step; a collective."""
+    known: tuple[list, list] = ([], [])
+    if config.checkpoint.best and distributed.is_main():
+        metric = config.checkpoint.best
+        records = [one for one in read_history(directory) if one["step"] <= step and metric in one]
+        kept = [saved for saved in checkpoint.steps(directory) if saved <= step]
+        known = ([{"step": one["step"], metric: one[metric]} for one in records], kept)
+    best = Best(config, *distributed.broadcast_object(known))
+    if best.step is not None:  # a run that was stopped between the two has saved it and not named it
+        checkpoint.mark_best(directory, best.step, config.checkpoint.keep)
+    return best
 
 
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
@@ -245,6 +273,12 @@ def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:
         cost = {"eval_seconds": round(evaluation.seconds, 3)}
         run.tracker.log(run.state.step, evaluation.metrics | cost, prefix=f"{name}/")
     return found
+
+
+def improved(run: Run, found: dict[str, Evaluation]) -> bool:
+    """Whether this step is the best so far by `checkpoint.best`; one decision on all ranks."""
+    name, _, metric = run.config.checkpoint.best.partition("/")
+    return name in found and run.best.update(run.state.step, distributed.broadcast_object(found[name].metrics[metric]))
 
 
 def due(step: int, every: int) -> bool:

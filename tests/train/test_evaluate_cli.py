@@ -111,7 +111,7 @@ def test_probe(finished):
         ("no classes", "none of the 4 samples has a class"),
         ("template", "--templates: 'red' must hold exactly one {}"),
         ("names for retrieval", "names.txt is for the task zeroshot, not for retrieval"),
-        ("fit for zeroshot", "is for the task probe, not for zeroshot"),
+        ("fit for zeroshot", "is for the task knn or probe, not for zeroshot"),
         ("no fit data", "nowhere"),
         ("workers", "--workers -1: 0"),
         ("no data", "nowhere"),

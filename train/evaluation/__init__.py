@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TASKS: dict[str, str | type[Task]] = {
     "retrieval": "train.evaluation.retrieval.Retrieval",
     "zeroshot": "train.evaluation.zeroshot.Zeroshot",
+    "knn": "train.evaluation.knn.Neighbours",
     "probe": "train.evaluation.probe.Probe",
 }
 """Name -> a subclass of train.evaluation.task.Task, or its dotted path, which is imported when it is used."""

@@ -5,6 +5,10 @@ Shape suffixes: N images, C classes, D embedding.
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.distributed import is_main
 from train.evaluation.encode import Features
 from train.evaluation.retrieval import TIE
 
@@ -47,10 +52,13 @@ def labelled(features: Features) -> Labelled:
 def class_indices(keys: Sequence[str], classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """For each image the row of its class in `names`: its class is that row, counted from 0, or the name itself.
 
+    Of two equal names the first is meant.
+
     Raises:
         ValueError: naming the key of a class that is not in the list.
     """
-    row_of = {str(row): row for row in range(len(names))} | {name: row for row, name in enumerate(names)}
+    row_of = {name: row for row, name in reversed(list(enumerate(names)))}
+    row_of = {str(row): row for row in range(len(names))} | row_of
     for key, content in zip(keys, classes, strict=True):
         if content not in row_of:
             raise ValueError(f"classnames: sample {key} has class {content!r}, not one of the {len(names)} listed")
@@ -77,44 +85,73 @@ def accuracy(scores_NC: Tensor, right_N: np.ndarray) -> dict[str, float]:
     }
 
 
-def read_lines(what: str, path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty.
+def read_names(path: str | Path) -> list[str]:
+    """The class names of a file, by their numbers: see `read_entries`.
+
+    Two equal names, of which ImageNet has two pairs, are said on the screen: no text tells such classes apart.
+
+    Raises:
+        ValueError: as `read_entries`; an empty one among them, after which the numbers would be others.
+    """
+    names = read_entries("classnames", path, "classes")
+    if "" in names:
+        raise ValueError(
+            f"classnames: line {names.index('') + 1} of {path} is empty; class numbers are those of the lines"
+        )
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated and is_main():
+        rows = [row for row, name in enumerate(names) if name == repeated[0]]
+        print(
+            f"warning: {path} gives {len(repeated)} name(s) to more than one class, such as {repeated[0]!r} to classes "
+            f"{', '.join(map(str, rows))}: no text tells them apart",
+            file=sys.stderr,
+        )
+    return names
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """The sentences of a file (see `read_entries`), each with {} where the class name goes; {c} is taken as well.
+
+    Raises:
+        ValueError: as `read_entries`, or for a sentence without exactly one place for the name.
+    """
+    sentences = [line.replace("{c}", "{}") for line in read_entries("templates", path, "templates") if line]
+    for sentence in sentences:
+        if sentence.count("{}") != 1:
+            raise ValueError(
+                f"templates: {sentence!r} must hold exactly one {{}} or {{c}}, the place of the class name"
+            )
+    return sentences
+
+
+def read_entries(what: str, path: str | Path, variable: str) -> list[str]:
+    """The entries of a file, without space around them, up to the last that is not empty.
+
+    It is one entry per line; a JSON list; or a list of strings in Python called `variable`, the form of CLIP's own
+    data/prompts.md.
 
     Raises:
         ValueError: saying `what` the file is for, where it is missing or empty.
     """
-    return [line for line in _lines(what, path) if line]
-
-
-def read_names(path: str | Path) -> list[str]:
-    """The class names of a file, by their numbers.
-
-    Raises:
-        ValueError: as `read_lines`; an empty line among them, after which the numbers would be others; a name that
-            is there twice, so that no text could tell the one class from the other.
-    """
-    names = _lines("classnames", path)
-    seen: dict[str, int] = {}
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise ValueError(f"classnames: line {number} of {path} is empty; class numbers are those of the lines")
-        if name in seen:
-            raise ValueError(
-                f"classnames: {name!r} is in lines {seen[name]} and {number} of {path}; give each class a name "
-                "of its own"
-            )
-        seen[name] = number
-    return names
-
-
-def _lines(what: str, path: str | Path) -> list[str]:
-    """The lines of a file, without space around them, up to the last that is not empty."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what}: cannot read {path}: {error}") from None
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
+    listed = text.strip() if text.lstrip().startswith("[") else ""
+    if found := re.search(rf"^\w*{variable}\s*=\s*(\[.*?^\])", text, re.MULTILINE | re.DOTALL):
+        listed = found[1]
+    if listed:
+        try:
+            entries = ast.literal_eval(listed)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{what}: the list in {path} cannot be read: {error}") from None
+        if not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"{what}: the list in {path} holds other things than text")
+    else:
+        entries = text.splitlines()
+    entries = [entry.strip() for entry in entries]
+    while entries and not entries[-1]:
+        entries.pop()
+    if not entries:
         raise ValueError(f"{what}: {path} is empty; it needs one entry per line")
-    return lines
+    return entries

@@ -13,20 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import EvalTask
-from train.evaluation.classes import SCORES, accuracy, class_indices, labelled, read_lines, read_names
+from train.evaluation.classes import SCORES, accuracy, class_indices, labelled, read_names, read_templates
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
 from train.evaluation.task import Evaluation, Task
-
-TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "a drawing of a {}")
+from train.evaluation.templates import TEMPLATES
 
 
 class Zeroshot(Task):
     """`zeroshot_metrics` of the images that have a class; and those without one counted."""
 
     options: ClassVar = {
-        "classnames": "a file with one class name per line, in the order of their numbers",
-        "templates": "a file with one sentence per line, {} is the class name",
+        "classnames": "a file with one class name per line (or a list), in the order of their numbers",
+        "templates": "imagenet, for CLIP's 80 sentences, or a file with one per line, {} or {c} is the class name",
     }
     scores = SCORES
 
@@ -37,8 +36,8 @@ class Zeroshot(Task):
                 "zeroshot needs `classnames`: a file with one class name per line, in the order of their numbers"
             )
         self.names = read_names(given.classnames)
-        self.templates = read_lines("templates", given.templates) if given.templates else TEMPLATES
-        check_templates(self.templates)
+        known = TEMPLATES.get(given.templates)
+        self.templates = known or read_templates(given.templates)
 
     def measure(self, encoder: Encoder) -> Evaluation:
         features = encoder.features(self.manifest)
@@ -48,22 +47,10 @@ class Zeroshot(Task):
         return Evaluation(metrics | tested.counts, features)
 
 
-def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-    """[C, D] float32: for each class the direction of the mean feature of its name in all templates.
-
-    Raises:
-        ValueError: a template without exactly one {}.
-    """
-    check_templates(templates)
+def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """[C, D] float32: for each class the direction of the mean feature of its name in all templates."""
     text_MD = encoder.texts([template.replace("{}", name) for name in names for template in templates])
     return F.normalize(text_MD.view(len(names), len(templates), -1).mean(1), dim=-1)
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises ValueError for a template without exactly one {}."""
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"templates: {template!r} must hold exactly one {{}}, the place of the class name")
 
 
 def zeroshot_metrics(image_ND: Tensor, class_CD: Tensor, right_N: np.ndarray) -> dict[str, float]:

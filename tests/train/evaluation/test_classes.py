@@ -1,5 +1,7 @@
 """Zero-shot classification and the linear probe."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.small import small_config
-from train.evaluation.classes import accuracy, class_indices, labelled, read_lines, read_names
+from train.evaluation.classes import accuracy, class_indices, labelled, read_entries, read_names, read_templates
 from train.evaluation.encode import Encoder, Features
+from train.evaluation.knn import neighbour_metrics
 from train.evaluation.probe import fit, linear, probe_metrics, split_by_key
+from train.evaluation.templates import TEMPLATES
 from train.evaluation.zeroshot import class_features, zeroshot_metrics
 from train.model.pair import build_model
 
@@ -75,10 +79,30 @@ def test_a_class_is_the_direction_of_its_sentences(tmp_path):
             assert torch.allclose(class_CD[row], F.normalize(mean_D, dim=0), atol=1e-4)
 
 
-@pytest.mark.parametrize("template", ["a picture", "{} and {}"])
-def test_a_template_has_one_place_for_the_name(template):
+@pytest.mark.parametrize("template", ["a picture", "{} and {}", "{c} and {}"])
+def test_a_template_has_one_place_for_the_name(template, tmp_path):
+    (tmp_path / "sentences.txt").write_text(f"a {{}}\n{template}\n")
     with pytest.raises(ValueError, match="templates: "):
-        class_features(None, ["red"], [template])
+        read_templates(tmp_path / "sentences.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a photo of a {c}.\n\nart of {}\n",
+        '["a photo of a {c}.", "art of {c}"]',
+        "```bash\nclasses = [\n    'x',\n]\n\ntemplates = [\n    'a photo of a {}.',\n    'art of {}',\n]\n```\n",
+    ],
+    ids=["lines", "JSON", "CLIP's prompts.md"],
+)
+def test_templates_in_the_forms_that_there_are(content, tmp_path):
+    (tmp_path / "sentences").write_text(content)
+    assert read_templates(tmp_path / "sentences") == ["a photo of a {}.", "art of {}"]
+
+
+def test_clips_own_templates_are_known_by_name():
+    assert len(set(TEMPLATES["imagenet"])) == 80 and all(one.count("{}") == 1 for one in TEMPLATES["imagenet"])
+    assert TEMPLATES["imagenet"][0] == "a bad photo of a {}." and TEMPLATES["imagenet"][-1] == "a tattoo of the {}."
 
 
 def test_classes_are_numbers_or_names():
@@ -100,27 +124,37 @@ def test_samples_without_a_class_are_left_out_and_counted():
         labelled(features([None, None]))
 
 
-def test_lines_of_a_file(tmp_path):
+def test_entries_of_a_file(tmp_path):
     path = tmp_path / "names.txt"
-    path.write_text("red\n\n deep blue \n")
-    assert read_lines("classnames", path) == ["red", "deep blue"]
+    path.write_text("red\n\n deep blue \n\n")
+    assert read_entries("classnames", path, "classes") == ["red", "", "deep blue"]
     path.write_text("\n")
     with pytest.raises(ValueError, match=r"classnames: .*names.txt is empty"):
-        read_lines("classnames", path)
+        read_entries("classnames", path, "classes")
+    path.write_text("[red]")
+    with pytest.raises(ValueError, match=r"classnames: the list in .*names.txt cannot be read"):
+        read_entries("classnames", path, "classes")
     with pytest.raises(ValueError, match=r"templates: cannot read .*missing.txt"):
-        read_lines("templates", tmp_path / "missing.txt")
+        read_templates(tmp_path / "missing.txt")
 
 
-def test_class_names_keep_their_numbers(tmp_path):
+def test_class_names_keep_their_numbers(tmp_path, capsys):
     path = tmp_path / "names.txt"
     path.write_text("\ufeffred\n deep blue \n\n", encoding="utf-8")
     assert read_names(path) == ["red", "deep blue"]
     path.write_text("red\n\nblue\n")
     with pytest.raises(ValueError, match=r"classnames: line 2 of .*names.txt is empty"):
         read_names(path)
-    path.write_text("red\nblue\nred\n")
-    with pytest.raises(ValueError, match=r"classnames: 'red' is in lines 1 and 3 of .*names.txt"):
-        read_names(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_equal_class_names_are_said_and_are_two_classes(tmp_path, capsys):
+    path = tmp_path / "names.txt"
+    path.write_text("missile\nblue\nmissile\n")
+    names = read_names(path)
+    assert names == ["missile", "blue", "missile"]
+    assert "1 name(s) to more than one class, such as 'missile' to classes 0, 2" in capsys.readouterr().err
+    assert class_indices(list("abc"), ["2", "0", "missile"], names).tolist() == [2, 0, 0]
 
 
 def clusters(seed: int, per_class: int, spread: float) -> tuple[torch.Tensor, list[str]]:
@@ -179,3 +213,34 @@ def test_the_split_is_a_fifth_by_key():
     tested = split_by_key(keys)
     assert 0.15 < tested.mean() < 0.25
     assert np.array_equal(split_by_key(keys[::-1])[::-1], tested)
+
+
+def test_neighbours_vote_as_defined():
+    (fit_ND, fit_classes), (test_ND, test_classes) = clusters(1, 30, 0.9), clusters(2, 20, 0.9)
+    names = sorted(set(fit_classes))
+    right = 0
+    for feature_D, label in zip(test_ND.double(), test_classes, strict=True):
+        scores = fit_ND.double() @ feature_D
+        votes = dict.fromkeys(names, 0.0)
+        for row in sorted(range(len(scores)), key=lambda row: -scores[row])[:7]:
+            votes[fit_classes[row]] += math.exp(scores[row] / 0.07)
+        right += max(names, key=votes.__getitem__) == label
+    found = neighbour_metrics(fit_ND, fit_classes, test_ND, test_classes, k=7, chunk=9)
+    assert found["top1"] == pytest.approx(100 * right / 60) and 40 < found["top1"] < 100
+    assert (found["n_fit"], found["n_images"], found["n_classes"]) == (90, 60, 3)
+
+
+def test_an_image_is_not_its_own_neighbour():
+    x_ND, classes = torch.eye(6), ["a", "a", "b", "b", "b", "b"]
+    with_itself = neighbour_metrics(x_ND, classes, x_ND, classes, k=1)
+    assert with_itself["top1"] == 100
+    alone = neighbour_metrics(x_ND, classes, x_ND, classes, k=99, chunk=4, leave_out_self=True)
+    assert alone["top1"] == pytest.approx(100 * 4 / 6), "all others vote alike: the larger class wins"
+
+
+def test_neighbours_need_classes():
+    x_ND, classes = clusters(1, 4, 0.1)
+    with pytest.raises(ValueError, match="at least two classes"):
+        neighbour_metrics(x_ND, ["one"] * 12, x_ND, classes, k=3)
+    with pytest.raises(ValueError, match="no neighbour has, such as 'class 2'"):
+        neighbour_metrics(x_ND, ["class 0", "class 1"] * 6, x_ND, classes, k=3)

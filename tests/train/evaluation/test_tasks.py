@@ -57,7 +57,7 @@ def test_an_own_evaluation_runs_in_training_and_by_hand(tmp_path, monkeypatch, c
 
 
 def test_an_option_that_a_task_does_not_read_is_refused():
-    with pytest.raises(ValueError, match="fit x is for the task probe, not for zeroshot"):
+    with pytest.raises(ValueError, match="fit x is for the task knn or probe, not for zeroshot"):
         build_task(EvalTask(task="zeroshot", data="somewhere", fit="x"))
     with pytest.raises(ValueError, match=r"task prob: .* did you mean probe"):
         find_task("prob")
