@@ -120,16 +120,23 @@ def _pipeline(
 
 
 def eval_loader(
-    config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, *, batch: int, rank: int = 0, world: int = 1
+    config: DataConfig,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    keep: bool = False,
 ) -> Iterable[EvalBatch]:
     """Every sample of a manifest once over all ranks, with all its captions, in order and without randomness.
 
     Rank r of W gets samples [r N / W, (r + 1) N / W), in batches of `batch`, the last one smaller. A bad sample is left
-    out and recorded in `bad`.
+    out and recorded in `bad`. With `keep` its processes stay for the next iteration.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}: at least 1")
     positions = sequential([shard.nsamples for shard in manifest.shards])
     own = positions[rank * len(positions) // world : (rank + 1) * len(positions) // world]
     source = EvalSource(Readers([manifest], config), own, config, tokenizer, batch)
-    return WorkerLoader(webdataset.DataPipeline(source), workers=config.workers, prefetch=config.prefetch)
+    return WorkerLoader(webdataset.DataPipeline(source), workers=config.workers, prefetch=config.prefetch, keep=keep)

@@ -74,10 +74,11 @@ class WorkerLoader:
     """Iterates over a pipeline in `workers` processes, or in this one where that is 0.
 
     The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here
-    as it was there. When the iterator ends, is closed or is forgotten, its processes end.
+    as it was there. When the iterator ends, is closed or is forgotten, its processes end; or, where they are to be
+    kept for the next iteration, when this object does.
     """
 
-    def __init__(self, pipeline: Iterable, *, workers: int, prefetch: int):
+    def __init__(self, pipeline: Iterable, *, workers: int, prefetch: int, keep: bool = False):
         if workers < 0:
             raise ValueError(f"data.workers is {workers}: 0 (load in the training process) or more")
         if prefetch < 1:
@@ -88,6 +89,7 @@ class WorkerLoader:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start,
+            persistent_workers=keep and workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

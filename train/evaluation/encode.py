@@ -69,7 +69,7 @@ class Encoder:
     """A model as it is now, and what is needed to encode held-out data and texts with it.
 
     All processes use it together, on a module that can be called directly (not the engine's wrapper). The features of
-    a data set are kept until `forget`, so that several tasks can share them.
+    a data set are kept until `forget`, so that several tasks can share them; its loader processes stay to the end.
 
     Args:
         autocast: makes the context of every forward pass, such as `train.engine.precision.autocast`.
@@ -78,6 +78,7 @@ class Encoder:
     def __init__(self, model: PairModel, config: RunConfig, tokenizer: Tokenizer, *, autocast: Autocast = nullcontext):
         self.model, self.config, self.tokenizer, self.autocast = model, config, tokenizer, autocast
         self._features: dict[str, Features] = {}
+        self._loaders: dict[str, Iterable[EvalBatch]] = {}
 
     def forget(self) -> None:
         """Drop the features that are kept: the weights are about to change."""
@@ -103,9 +104,9 @@ class Encoder:
 
     def _encode(self, manifest: Manifest) -> Features:
         device = self._device()
-        loader = eval_loader(
-            self.config.data, manifest, self.tokenizer, batch=self.config.eval.batch, rank=rank(), world=world_size()
-        )
+        if manifest.path not in self._loaders:
+            share = {"batch": self.config.eval.batch, "rank": rank(), "world": world_size()}
+            self._loaders[manifest.path] = eval_loader(self.config.data, manifest, self.tokenizer, keep=True, **share)
         blank = _blank(self.config)
         images: list[Tensor] = []
         texts: list[Tensor] = []
@@ -115,7 +116,7 @@ class Encoder:
         classes: list[str | None] = []
         bad: list[dict] = []
         with evaluating(self.model):
-            for batch in _in_step(loader, blank):
+            for batch in _in_step(self._loaders[manifest.path], blank):
                 shown = batch if batch.keys else blank
                 with self.autocast():
                     image_BD = self.model.encode_image(shown.images_BCHW.to(device))
