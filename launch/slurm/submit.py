@@ -147,7 +147,7 @@ def check_run(options: argparse.Namespace, config: RunConfig) -> None:
         try:
             checks.check(config, nodes * processes)
         except ValueError as error:
-            raise ValueError(f"on {nodes} nodes x {processes} processes: {error}") from error
+            raise ValueError(f"{error} (on {nodes} nodes x {processes} processes)") from error
 
 
 def gpus(text: str) -> int:

@@ -177,6 +177,7 @@ def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monk
 def test_a_stream_needs_no_manifest(tmp_path):
     config = RunConfig()
     config.data.mode, config.data.train = "stream", f"{write_data(tmp_path / 'data', (2, 2))}/*.tar"
+    config.train.steps = 1
     (found,) = inputs.data(config)
     assert found.status == "ok" and "2 shards, read as a stream" in found.measured
     with serve(tmp_path / "data") as server:

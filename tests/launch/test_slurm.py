@@ -69,7 +69,7 @@ def test_a_dry_run_shows_the_command_and_submits_nothing(cluster, submit, tmp_pa
             "choose one of main, short; --time 10:00:00: partition short",
         ),
         (["--data.train="], "--data.train is empty"),
-        (["--gpus_per_node=a100:3"], "on 1 nodes x 3 processes: --train.global_batch"),
+        (["--gpus_per_node=a100:3"], "--train.global_batch 1024 is not divisible by 3 processes x"),
         (["--train.global_bach=4"], "did you mean --train.global_batch"),
     ],
 )
