@@ -39,16 +39,15 @@ def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float], str]:
     accelerator = start()
     path = find(options.run, options.step)
     model, config = load_model(path)
-    recorded = getattr(load_state(path), "precision", "")
-    precision, why = chosen_precision(options.precision, recorded, accelerator.mixed_precision)
-    if is_main():
-        print(f"{path}, in {precision}{why}", file=sys.stderr)
+    precision, why = chosen_precision(options.precision, load_state(path).precision, accelerator.mixed_precision)
     task = build_task(described(options, config))
     if options.workers is not None:
         config.data.workers = options.workers
     tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
     model.to(accelerator.device)
     encoder = Encoder(model, config, tokenizer, autocast=partial(autocast, accelerator.device, precision))
+    if is_main():
+        print(f"{path}, in {precision}{why}", file=sys.stderr)
     return task, task.measure(encoder).metrics, precision
 
 

@@ -29,13 +29,16 @@ def finished(tmp_path_factory) -> tuple[Path, RunConfig, dict[str, tuple[int, st
     """A finished run, and status, output and errors of several commands on it."""
     directory = tmp_path_factory.mktemp("run")
     config = running.prepare(directory, steps=2)
-    running.run(config, directory)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        running.run(config, directory)
     run_dir = running.run_dir(config)
     names, unlabelled = directory / "names.txt", write_data(directory / "unlabelled", (4,), classes=False)
     names.write_text("\n".join(COLOURS) + "\n")
     (directory / "two.txt").write_text("red\ngreen\n")
     commands = {
         "retrieval": ["--json"],
+        "other precision": ["--json", "--precision", "fp32"],
         "table": ["--task", "retrieval"],
         "other data": ["--data", str(unlabelled), "--json", "--workers", "1"],
         "zeroshot": ["--task", "zeroshot", "--classnames", str(names), "--json"],
@@ -74,8 +77,16 @@ def metrics(finished, name: str) -> dict:
 def test_retrieval_by_hand_is_what_the_run_has_found(finished):
     found = metrics(finished, "retrieval")
     assert found.pop("task") == "retrieval" and found.pop("run") == str(finished[0])
+    assert found.pop("precision") == "bf16"
+    assert "step_00000002, in bf16, as the run was trained" in finished[2]["retrieval"][2]
     assert found == json.loads((finished[0] / "results.json").read_text())["val"]
     assert found["n_images"] == 12
+
+
+def test_another_precision_is_said(finished):
+    found = metrics(finished, "other precision")
+    assert found["precision"] == "fp32" and found["n_images"] == 12
+    assert "in fp32 (--precision; the run was trained in bf16)" in finished[2]["other precision"][2]
 
 
 def test_without_json_there_is_a_table(finished):
@@ -121,4 +132,5 @@ def test_probe(finished):
 def test_mistakes_are_named(finished, name, words):
     status, out, err = finished[2][name]
     assert status == 2 and out == ""
-    assert err.startswith("error: ") and words in err and "Traceback" not in err
+    said = err.splitlines()[-1]
+    assert said.startswith("error: ") and words in said and "Traceback" not in err
