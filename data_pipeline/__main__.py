@@ -11,6 +11,8 @@ import io
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.storage.redaction import redact_urls
+
 COMMANDS = {
     "demo": ("data_pipeline.demo.command", "fetch a small real corpus and write it as train and held-out shards"),
     "pack": (
@@ -40,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert command is not None, "argparse lets nothing through but the names of subcommands"
         return command.run(parsed)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact_urls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\ninterrupted: {error}" if error.args else "\ninterrupted", file=sys.stderr)
+        print(f"\ninterrupted: {redact_urls(str(error))}" if error.args else "\ninterrupted", file=sys.stderr)
         return 130
 
 

@@ -44,7 +44,7 @@ class MicroBatch(_Batch):
     step: int
     """Optimizer step that it belongs to, from 0."""
     keys: list[str]
-    """One per row: "shard basename/sample key" of the sample that was consumed."""
+    """One per row: "shard name/sample key" of the sample that was consumed."""
     bad: list[dict] = field(default_factory=list)
     """Ledger records of replaced samples: step, row (of the global batch), shard, key, cause, replaced_by."""
     image_ids_B: Tensor | None = None
@@ -63,7 +63,7 @@ class MicroBatch(_Batch):
 
 @dataclass
 class EvalBatch(_Batch):
-    """Images with all their captions, in the order of the manifest."""
+    """Images with all their captions, of which there may be none, in the order of the manifest."""
 
     images_BCHW: Tensor
     """uint8, 0 to 255, RGB."""
@@ -78,6 +78,6 @@ class EvalBatch(_Batch):
     classes: list[str | None]
     """One per image: the content of its `cls` member, None where it has none."""
     keys: list[str]
-    """One per image: "shard basename/sample key"."""
+    """One per image: "shard name/sample key"."""
     bad: list[dict] = field(default_factory=list)
     """Records of samples that could not be read and so are not among the images: shard, key, cause."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,14 +17,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.samples.image import MAX_PIXELS, RGB, BadSample, load_image, open_image, oriented_size
-from data_pipeline.samples.text import split
+from data_pipeline.samples.image import (
+    IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    RGB,
+    BadSample,
+    load_image,
+    open_image,
+    oriented_size,
+)
+from data_pipeline.samples.text import CAPTIONS, WHOLE, has_several_lines, split
 from data_pipeline.storage.shards import ShardReader
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, RGB in 0..1."""
 MEASURE_SIZE = 256
 """Images with a longer shorter side than this, in pixels, are reduced to it before their pixels are counted."""
+_READ = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
 EXAMPLES = 20
 """Bad samples that merged statistics name; all of them are counted."""
 
@@ -76,23 +86,28 @@ _LEVELS = np.arange(256, dtype=np.int64)
 
 
 def shard_statistics(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, background: RGB = (255, 255, 255)
+    path: str | os.PathLike[str],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: RGB = (255, 255, 255),
+    caption_rule: str = WHOLE,
 ) -> dict[str, Any]:
     """What the samples of one local tar are like; JSON, for merge_statistics.
 
     Pixels are counted as decoded to RGB over `background`, images reduced to a shorter side of 256 pixels at most.
+    caption_rule: how a text of several lines is read, WHOLE or LINES.
     Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, not counted.
     """
     moments, reader = Moments(), ShardReader(path)
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
     hashes: dict[str, list[str]] = {"image": [], "caption": []}
     classes: Counter[str] = Counter()
-    bad = []
+    bad, uncaptioned, several_lines, unread = [], 0, 0, Counter[str]()
     try:
         for number in range(len(reader)):
-            raw = reader.raw(number)
+            raw = reader.raw(number) | {CAPTIONS: caption_rule}
             try:
-                data, captions, label = split(raw)
+                data, captions, label = split(raw, needs_caption=False)
                 image = open_image(data, max_pixels)
                 width, height = oriented_size(image)
                 moments.update(measured(image, background))
@@ -102,6 +117,10 @@ def shard_statistics(
             histograms["width"][width] += 1
             histograms["height"][height] += 1
             histograms["image_bytes"][len(data)] += 1
+            uncaptioned += not captions
+            # A second dot in a file's name ends the key too early: img.v2.jpg is member v2.jpg of the sample img.
+            unread.update(name for name in raw if name.rpartition(".")[0] and name.rpartition(".")[2] in _READ)
+            several_lines += has_several_lines(raw)
             histograms["captions_per_image"][len(captions)] += 1
             histograms["caption_characters"].update(len(caption) for caption in captions)
             histograms["caption_words"].update(len(caption.split()) for caption in captions)
@@ -118,6 +137,9 @@ def shard_statistics(
         "hashes": {name: "".join(digests) for name, digests in hashes.items()},
         "classes": dict(classes),
         "bad": bad,
+        "uncaptioned": uncaptioned,
+        "several_lines": several_lines,
+        "unread": dict(unread),
     }
 
 
@@ -134,17 +156,22 @@ def measured(image: Image.Image, background: RGB) -> np.ndarray:
 def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The statistics of several shards together, as they are in a manifest:
 
-    samples, bad {count, causes, examples}, mean and std (RGB, 0..1), moments (what they are computed from, so that
-    several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and height in pixels,
-    image_bytes, captions_per_image, caption_characters and caption_words, duplicates of images (equal bytes) and of
-    captions (how many are repeats of an earlier one), and classes {count, samples}.
+    samples, bad {count, causes, examples}, uncaptioned (samples that only evaluation by class can use), several_lines
+    (samples whose captions depend on how a text of several lines is read), unread (members that look like an image or
+    a text, but whose names hold another dot, by extension), mean and std (RGB, 0..1), moments (what they are computed
+    from, so that several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and
+    height in pixels, image_bytes, captions_per_image, caption_characters and caption_words, duplicates of images (equal
+    bytes) and of captions (how many are repeats of an earlier one), and classes {count, samples}.
     """
     samples, moments, bad = 0, Moments(), []
+    counted, unread = Counter({"uncaptioned": 0, "several_lines": 0}), Counter[str]()
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
     hashes: dict[str, list[np.ndarray]] = {"image": [], "caption": []}
     classes: Counter[str] = Counter()
     for part in parts:
         samples += part["samples"]
+        unread.update(part["unread"])
+        counted.update({name: part[name] for name in ("uncaptioned", "several_lines")})
         moments.merge(Moments.from_json(part["moments"]))
         for name, counts in histograms.items():
             counts.update({int(value): n for value, n in part["histograms"][name].items()})
@@ -152,10 +179,13 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
             digests.append(np.frombuffer(bytes.fromhex(part["hashes"][name]), dtype=np.uint64))
         classes.update(part["classes"])
         bad.extend(part["bad"])
-    causes = Counter(record["cause"] for record in bad)
+    # Causes that differ in their numbers alone are one kind.
+    causes = Counter(re.sub(r"\d[\d,.]*", "…", record["cause"]) for record in bad)
     return {
         "samples": samples,
         "bad": {"count": len(bad), "causes": dict(causes.most_common(EXAMPLES)), "examples": bad[:EXAMPLES]},
+        **counted,
+        "unread": dict(unread.most_common(EXAMPLES)),
         "mean": moments.mean,
         "std": moments.std,
         "moments": moments.to_json(),

@@ -12,20 +12,24 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from tqdm import tqdm
 
 from data_pipeline.commands.parallel import cores, positive, run_parallel
+from data_pipeline.samples.text import LINES, WHOLE
 from data_pipeline.statistics import merge_statistics, shard_statistics
-from data_pipeline.storage.files import measure, take_lock
+from data_pipeline.storage.files import measure, put_in_place, take_lock
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
-from data_pipeline.storage.remote import expand, filesystem, is_remote
-from data_pipeline.storage.shards import read_index
+from data_pipeline.storage.redaction import address, redact_urls
+from data_pipeline.storage.remote import attempt, expand, filesystem, is_remote
+from data_pipeline.storage.tar_index import EmptyTar, read_index
 
+EMPTY = ": an empty tar"
+"""How the fault of a shard ends that has nothing in it to lose."""
 REMOTE_VERSIONS = ("ETag", "etag", "LastModified", "updated", "mtime")
 """What remote stores call the thing that changes with a file's content."""
 
@@ -35,31 +39,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shards",
         nargs="+",
         metavar="SHARDS",
-        help="tars, directories, patterns such as 'data/{000..010}.tar' or 'data/*.tar'",
+        help="tars, directories, patterns such as 'data/{000..010}.tar' or 'data/*.tar', urls (http, https, s3, gs)",
     )
     parser.add_argument("--out", type=Path, help="the manifest (default: manifest.json beside the shards)")
+    add_caption_rule(parser)
+    parser.add_argument(
+        "--leave-out-unusable",
+        action="store_true",
+        help="index the other shards where some cannot be used; the manifest says which were left out, and why",
+    )
     parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: one per core)")
+
+
+def add_caption_rule(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--captions",
+        choices=(WHOLE, LINES),
+        default=WHOLE,
+        help="whether a text of several lines is one caption (whole, the default) or every line is one (lines)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises ValueError for patterns that match nothing and, naming each, for damaged shards."""
     urls = expand(args.shards)
-    manifest = index(urls, _manifest_path(urls, args.out), args.workers)
+    path = _manifest_path(urls, args.out)
+    manifest = index(urls, path, args.workers, caption_rule=args.captions, leave_out=args.leave_out_unusable)
     print(summary(manifest))
     return 0
 
 
 def summary(manifest: Manifest) -> str:
+    """What an index has found, and what of it would not be used, or otherwise than may be meant."""
+    known = manifest.statistics
     size = sum(shard.filesize for shard in manifest.shards) / 1e6
     lines = [f"{manifest.nsamples:,} samples in {len(manifest.shards):,} shards ({size:,.1f} MB): {manifest.path}"]
-    bad = manifest.statistics["bad"]
+    lines += [f"left out: {shard['cause']}" for shard in known["left_out"]]
+    bad = known["bad"]
     if bad["count"]:
-        first = bad["examples"][0]
+        lines.append(f"{bad['count']:,} of the samples are bad, and would be replaced in training:")
+        lines += [f"  {number:,}: {cause}" for cause, number in bad["causes"].items()]
+        lines.append(f"  each is in {bad_path(Path(manifest.path))}")
+    if known["uncaptioned"]:
         lines.append(
-            f"{bad['count']:,} of the samples are bad, and would be replaced in training; the first is "
-            f"{first['shard']}/{first['key']}: {first['cause']}"
+            f"{known['uncaptioned']:,} samples have no caption: training and retrieval leave them out, evaluation by "
+            f"class does not"
+        )
+    if known["several_lines"]:
+        read = "one caption" if manifest.captions == WHOLE else "a caption for each line"
+        other = LINES if manifest.captions == WHOLE else WHOLE
+        lines.append(
+            f"{known['several_lines']:,} samples have a text of several lines, which is read as {read} "
+            f"(--captions {other} reads it otherwise)"
+        )
+    if known["unread"]:
+        names = ", ".join(f"{number:,} .{extension}" for extension, number in known["unread"].items())
+        lines.append(
+            f"members that are not read: {names}; a sample's key ends at the first dot of the file name, so rename "
+            f"files that have another dot in their name"
         )
     return "\n".join(lines)
+
+
+def bad_path(manifest: Path) -> Path:
+    """The file that lists every bad sample of a manifest, one JSON line each: shard, key, cause."""
+    return manifest.with_name(f"{manifest.stem}.bad.jsonl")
 
 
 def _manifest_path(urls: Sequence[str], out: Path | None) -> Path:
@@ -83,9 +127,13 @@ class Known:
     offset: int
 
 
-def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
+def index(
+    urls: Sequence[str], path: Path, workers: int, *, caption_rule: str = WHOLE, leave_out: bool = False
+) -> Manifest:
     """Index the shards at `urls`, in that order, into the manifest `path`.
 
+    caption_rule: how a text of several lines is read, WHOLE or LINES. leave_out: leave out shards that cannot be used;
+    empty ones are in any case.
     Raises ValueError that names every shard that is damaged; KeyboardInterrupt says what is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +142,13 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
     with partial.open("a+b") as file:
         if not take_lock(file, 0):
             raise ValueError(f"--out: another index is writing {path}; wait for it")
-        known = _load_partial(file)
+        known = _load_partial(file, caption_rule)
         tasks = [(url, known[url].stamp if url in known else None) for url in urls]
         try:
             with (
                 tempfile.TemporaryDirectory() as folder,
                 contextlib.closing(
-                    run_parallel(functools.partial(index_shard, folder), tasks, workers, in_order=False)
+                    run_parallel(functools.partial(index_shard, folder, caption_rule), tasks, workers, in_order=False)
                 ) as results,
                 tqdm(total=len(urls), desc="index", unit=" shards") as bar,
             ):
@@ -112,32 +160,58 @@ def index(urls: Sequence[str], path: Path, workers: int) -> Manifest:
                     bar.update()
         except KeyboardInterrupt:
             # Counted in the file: the interrupt may have come between the writing of a line and what follows it.
-            kept = _load_partial(file).keys() & set(urls)
+            kept = _load_partial(file, caption_rule).keys() & set(urls)
             raise KeyboardInterrupt(
                 f"{len(kept):,} of {len(urls):,} shards are indexed, in {partial}; "
                 "the same command continues from there"
             ) from None
-        if faults:
-            listed = "\n".join(f"  {faults[url]}" for url in urls if url in faults)
+        refused = [url for url in urls if url in faults and not (leave_out or faults[url].endswith(EMPTY))]
+        used = [url for url in urls if url not in faults]
+        if refused or not used:
+            listed = "\n".join(f"  {faults[url]}" for url in refused or urls)
             raise ValueError(
-                f"{len(faults):,} of {len(urls):,} shards cannot be used, so no manifest was written; restore them "
-                f"or leave them out:\n{listed}"
+                f"{len(refused or urls):,} of {len(urls):,} shards cannot be used, so no manifest was written; mend "
+                f"them, or leave them out with --leave-out-unusable; what is indexed is kept, and the same command "
+                f"continues from there:\n{listed}"
             )
         # Parts are read one at a time: the hashes in them can be larger than memory.
-        statistics = merge_statistics(_read(file, known[url].offset)["statistics"] for url in urls)
-        write_manifest(path, [known[url].shard for url in urls], statistics)
+        with _bad_list(bad_path(path)) as keep:
+            statistics = merge_statistics(keep(_read(file, known[url].offset)["statistics"]) for url in used)
+        statistics["left_out"] = [
+            {"shard": redact_urls(url), "cause": redact_urls(faults[url])} for url in urls if url in faults
+        ]
+        write_manifest(path, [known[url].shard for url in used], statistics, caption_rule)
         partial.unlink()
     return load_manifest(path)
 
 
-def _load_partial(file: IO[bytes]) -> dict[str, Known]:
+@contextlib.contextmanager
+def _bad_list(path: Path) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """A function that writes the bad samples of a shard's statistics to the file and returns these."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+
+        def keep(statistics: dict[str, Any]) -> dict[str, Any]:
+            file.writelines(f"{json.dumps(record)}\n" for record in statistics["bad"])
+            return statistics
+
+        yield keep
+    if part.stat().st_size:
+        put_in_place(part, path)
+    else:
+        part.unlink()
+        path.unlink(missing_ok=True)
+
+
+def _load_partial(file: IO[bytes], caption_rule: str) -> dict[str, Known]:
     """What an interrupted index has left, by url; a last line that was cut short is removed."""
     known, offset = {}, 0
     file.seek(0)
     for line in file:
         try:
             record = json.loads(line)
-            known[record["shard"]["url"]] = Known(Shard(**record["shard"]), record["stamp"], offset)
+            if record.get("captions") == caption_rule:
+                known[record["shard"]["url"]] = Known(Shard(**record["shard"]), record["stamp"], offset)
         except (ValueError, KeyError, TypeError):
             file.truncate(offset)
             break
@@ -157,8 +231,8 @@ def _read(file: IO[bytes], offset: int) -> dict[str, Any]:
     return json.loads(file.readline())
 
 
-def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, Any] | str | None:
-    """Of (url, stamp of an earlier index): {shard, stamp, statistics}; None if that stamp is still right; or the fault.
+def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | None]) -> dict[str, Any] | str | None:
+    """Of (url, stamp of an earlier index): its line of the partial file; None if that is still right; or the fault.
 
     folder: where a remote shard is put for the moment; the caller's, who can remove it when this process is ended.
     """
@@ -167,30 +241,38 @@ def index_shard(folder: str, task: tuple[str, list[Any] | None]) -> dict[str, An
         if not is_remote(url):
             stat = Path(url).stat()
             stamp: list[Any] = [stat.st_size, stat.st_mtime_ns]
-            return None if stamp == earlier else _measured(url, url, stamp)
+            return None if stamp == earlier else _measured(url, url, stamp, caption_rule)
         system, remote = filesystem(url)
         info = system.info(remote)
         stamp = [info.get("size"), *(str(info[name]) for name in REMOTE_VERSIONS if name in info)]
         if stamp == earlier:
             return None
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            local = str(Path(own, url.rpartition("/")[2]))
-            system.get_file(remote, local)
-            return _measured(url, local, stamp)
+            local = Path(own, PurePosixPath(address(url)).name)
+
+            def fetch() -> str:
+                system.get_file(remote, str(local))
+                size = local.stat().st_size
+                return "" if stamp[0] in (None, size) else f"{size} of its {stamp[0]} bytes came"
+
+            if fault := attempt(fetch):
+                return f"{url}: cannot be fetched: {fault}"
+            return _measured(url, str(local), stamp, caption_rule)
+    except EmptyTar:
+        return f"{url}{EMPTY}"
     except ValueError as error:
         return str(error) if url in str(error) else f"{url}: {error}"
     except Exception as error:  # Each remote backend has exceptions of its own.
         return f"{url}: cannot be read ({type(error).__name__}: {error})"
 
 
-def _measured(url: str, path: str, stamp: list[Any]) -> dict[str, Any]:
+def _measured(url: str, path: str, stamp: list[Any], caption_rule: str) -> dict[str, Any]:
     samples = len(read_index(path))
     with open(path, "rb") as file:
         size, digest = measure(file)
-    if stamp[0] not in (None, size):
-        raise ValueError(f"{path}: {size} of its {stamp[0]} bytes came")
     return {
         "shard": {"url": url, "nsamples": samples, "filesize": size, "sha256": digest},
         "stamp": stamp,
-        "statistics": shard_statistics(path),
+        "captions": caption_rule,
+        "statistics": shard_statistics(path, caption_rule=caption_rule),
     }

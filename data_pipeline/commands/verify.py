@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data_pipeline.commands.parallel import cores, positive, run_parallel
 from data_pipeline.storage.files import measure
 from data_pipeline.storage.manifest import Shard, load_manifest
+from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.storage.remote import is_remote, open_remote
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
                 checked += 1
                 bar.update(shard.filesize)
                 if cause:
-                    differing.append(f"{shard.url}: {cause}")
+                    differing.append(redact_urls(f"{shard.url}: {cause}"))
     except KeyboardInterrupt:
         report = "; ".join(["differing so far:", *differing]) if differing else "none of them differs"
         raise KeyboardInterrupt(f"{checked:,} of {len(manifest.shards):,} shards are verified; {report}") from None

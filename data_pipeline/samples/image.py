@@ -63,12 +63,23 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except MemoryError:
         raise
     except Image.UnidentifiedImageError:
-        raise BadSample(f"not a JPEG, PNG or WebP image ({len(data):,} bytes)") from None
+        raise BadSample(f"not a JPEG, PNG or WebP image but {_kind(data)} ({len(data):,} bytes)") from None
     except Exception as error:  # damaged headers raise all sorts: SyntaxError, struct.error, ValueError, OSError
         raise BadSample(f"unreadable image header: {error}") from error
     if image.width * image.height > max_pixels:
         raise BadSample(f"{image.width} x {image.height} pixels are more than max_pixels {max_pixels:,}")
     return image
+
+
+def _kind(data: bytes) -> str:
+    """What bytes that are no image of FORMATS look like, for the user who wonders."""
+    start = data[:512].lstrip()
+    kinds = {b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"%PDF": "a PDF", b"{": "JSON"}
+    kinds |= {b"<!doctype html": "a web page", b"<html": "a web page", b"<?xml": "XML or SVG", b"<svg": "an SVG"}
+    if start[4:8] == b"ftyp":
+        return "an AVIF or HEIC"
+    found = [name for magic, name in kinds.items() if start.lower().startswith(magic.lower())]
+    return found[0] if found else "something else" if data else "empty"
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:

@@ -1,44 +1,79 @@
-"""Which caption of a sample a training step sees, and in what words."""
+"""The captions of a sample; which of them a training step sees, and in what words."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from data_pipeline.config import CaptionConfig
 from data_pipeline.samples.image import IMAGE_EXTENSIONS, BadSample
 
+CAPTIONS = "__captions__"
+"""Key of a raw sample: how its data set's manifest says that a text of several lines is read; without it, WHOLE."""
+WHOLE, LINES = "whole", "lines"
+"""One caption each, or every line a caption of its own (as CLIP_benchmark writes retrieval sets)."""
+_LISTED = re.compile(rb'"captions"|"caption"\s*:\s*\[')
 
-def split(raw: dict) -> tuple[bytes, list[str], str | None]:
-    """A raw sample's image bytes, its captions and its class (None without a `cls` member). Raises BadSample."""
+
+def split(raw: dict, *, needs_caption: bool = True) -> tuple[bytes, list[str], str | None]:
+    """A raw sample's image bytes, its captions and its class (None without a `cls` member).
+
+    Raises BadSample; for a sample without captions only where they are needed.
+    """
     image = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
     if image is None:
         members = ", ".join(sorted(name for name in raw if not name.startswith("__"))) or "none"
         raise BadSample(f"no image member ({', '.join(IMAGE_EXTENSIONS)}); its members: {members}")
     label = _text(raw["cls"], "cls").strip() if "cls" in raw else None
-    return image, captions(raw), label
+    texts = captions(raw)
+    if needs_caption and not texts:
+        raise BadSample("no caption (txt, or json with caption or captions)")
+    return image, texts, label
 
 
 def captions(raw: dict) -> list[str]:
-    """The captions of a raw sample, at least one, white space tidied, repeats left out.
+    """The captions of a raw sample, white space tidied, repeats left out.
 
-    A list `captions` in the `json` member comes first, then the `txt` member, then `caption` in `json`.
-    Raises BadSample where there is none.
+    A list in the `json` member (`captions`, or `caption`) comes first, then the `txt` member, then a text `caption` in
+    `json`; what is empty counts as not there. Raises BadSample for what is no text.
     """
-    found: list = []
+    found = _found(raw)
+    texts = [line for text in found for line in lines_of(text)] if raw.get(CAPTIONS) == LINES else found
+    return tidied(texts)
+
+
+def has_several_lines(raw: dict) -> bool:
+    """Whether the captions depend on how a text of several lines is read. Raises BadSample."""
+    return any(len(lines_of(text)) > 1 for text in _found(raw))
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that are not empty."""
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def tidied(texts: Iterable[str]) -> list[str]:
+    """Each text on one line, white space tidied; empty ones and repeats left out."""
+    return list(dict.fromkeys(filter(None, (" ".join(encodable(text).split()) for text in texts))))
+
+
+def _found(raw: dict) -> list[str]:
     described = raw.get("json", b"")
-    if described and ("txt" not in raw or b'"captions"' in described):
-        found = _described(described)
-    if not found and "txt" in raw:
-        found = [_text(raw["txt"], "txt")]
-    if not all(isinstance(text, str) for text in found):
+    if _LISTED.search(described) and _say(listed := _described(described)[0]):
+        return listed
+    if "txt" in raw and _say(text := [_text(raw["txt"], "txt")]):
+        return text
+    single = _described(described)[1] if described else []
+    return single if _say(single) else []
+
+
+def _say(texts: list) -> bool:
+    """Whether any of the texts is more than white space. Raises BadSample where one is no text."""
+    if not all(isinstance(text, str) for text in texts):
         raise BadSample("a caption in the json member is not text")
-    tidy = [" ".join(encodable(text).split()) for text in found]
-    kept = list(dict.fromkeys(text for text in tidy if text))
-    if not kept:
-        raise BadSample("no caption (txt, or json with caption or captions)")
-    return kept
+    return any(text.strip() for text in texts)
 
 
 def name_bytes(text: str) -> bytes:
@@ -51,22 +86,26 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _described(data: bytes) -> list:
+def _described(data: bytes) -> tuple[list, list]:
+    """What the json member lists as captions, and what it has as a single caption; missing ones left out."""
     try:
         content = json.loads(_text(data, "json"))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the json member is not JSON: {error}") from error
     if not isinstance(content, dict):
-        return []
+        return [], []
     several, one = content.get("captions"), content.get("caption")
-    return [text for text in (several if isinstance(several, list) else [several]) if text is not None] or (
-        [text for text in (one if isinstance(one, list) else [one]) if text is not None]
-    )
+    listed = [several] if isinstance(several, str) else several
+    if not listed and isinstance(one, list):
+        listed, one = one, None
+    if listed is not None and not isinstance(listed, list):
+        raise BadSample("a caption in the json member is not text")
+    return [text for text in listed or [] if text is not None], [] if one is None else [one]
 
 
 def _text(data: bytes, member: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(f"the {member} member is not UTF-8: {error}") from error
 

@@ -42,10 +42,10 @@ class EvalSource:
         for place in positions:
             raw = self.readers.raw(place.source, place.shard, place.index)
             try:
-                data, texts, label = split(raw)
+                data, texts, label = split(raw, needs_caption=False)
                 image = self.transform(data)
             except BadSample as error:
-                bad.append({"shard": shard_name(raw["__shard__"]), "key": raw["__key__"], "cause": error.cause})
+                bad.append({"shard": shard_name(raw), "key": raw["__key__"], "cause": error.cause})
                 continue
             captions.extend(texts)
             caption_row.extend([len(images)] * len(texts))

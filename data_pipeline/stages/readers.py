@@ -8,8 +8,9 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import Mixture, Order
+from data_pipeline.samples.text import CAPTIONS
 from data_pipeline.seeds import sample_seed
-from data_pipeline.stages.slots import SLOT, Share, Slot
+from data_pipeline.stages.slots import NAME, SLOT, Share, Slot, shard_names
 from data_pipeline.stages.workers import of_this_worker
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, Shard
@@ -24,7 +25,7 @@ class Readers:
     """Raw samples of several manifests by (source, shard, index); the shards read last stay open."""
 
     def __init__(self, manifests: Sequence[Manifest], config: DataConfig):
-        self.manifests = manifests
+        self.manifests, self._names = manifests, shard_names(manifests)
         self._store = open_store(config)
         # As many as the groups that all lanes shuffle at a time, within what a process may open.
         self._limit = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
@@ -32,7 +33,8 @@ class Readers:
 
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:
         """One raw sample. Raises ValueError naming a shard that is missing, damaged or not the manifest's."""
-        return self._reader(source, shard).raw(index)
+        raw = self._reader(source, shard).raw(index)
+        return raw | {CAPTIONS: self.manifests[source].captions, NAME: self._names[source][shard]}
 
     def size(self, source: int, shard: int) -> int:
         """Samples of a shard."""

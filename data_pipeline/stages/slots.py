@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from data_pipeline.storage.redaction import address
+
 if TYPE_CHECKING:
     from data_pipeline.order import Position
+    from data_pipeline.storage.manifest import Manifest
 
 SLOT = "__slot__"
 """Key of a sample's Slot."""
+NAME = "__name__"
+"""Key of a raw sample: what its shard is called."""
 
 
 @dataclass
@@ -28,13 +35,13 @@ class Slot:
     place: Position | None = None
     """Where the sample was to be read; None in a stream."""
     name: str = ""
-    """ "shard basename/sample key" of the sample that was consumed."""
+    """ "shard name/sample key" of the sample that was consumed."""
     bad: list[dict] = field(default_factory=list)
     """Ledger records of the bad samples that this one replaces."""
 
     def refuse(self, raw: dict, cause: str) -> None:
         """Record that a sample is bad, until another takes its place."""
-        shard, key = shard_name(raw["__shard__"]), raw["__key__"]
+        shard, key = shard_name(raw), raw["__key__"]
         record = {"step": self.step, "row": self.row, "shard": shard, "key": key, "cause": cause, "replaced_by": ""}
         self.bad.append(record)
 
@@ -82,10 +89,29 @@ def check_batch(global_batch: int, micro_batch: int, world: int = 1) -> None:
 
 
 def sample_name(raw: dict) -> str:
-    """ "shard basename/sample key" of a raw sample."""
-    return f"{shard_name(raw['__shard__'])}/{raw['__key__']}"
+    """ "shard name/sample key" of a raw sample."""
+    return f"{shard_name(raw)}/{raw['__key__']}"
 
 
-def shard_name(url: str) -> str:
-    """Base name of a shard."""
-    return PurePosixPath(url.split("?")[0]).name
+def shard_name(raw: dict) -> str:
+    """What a raw sample's shard is called in ledgers; without a manifest its base name."""
+    return raw.get(NAME) or PurePosixPath(address(raw["__shard__"])).name
+
+
+def shard_names(manifests: Sequence[Manifest]) -> list[list[str]]:
+    """Of each shard of each manifest the base name; where several have it, as much of the address as tells them apart.
+
+    Shards with one address have one name, in several manifests too.
+    """
+    urls = [[shard.url for shard in manifest.shards] for manifest in manifests]
+    parts = {url: address(url).split("/") for url in itertools.chain(*urls)}
+    names: dict[str, str] = {}
+    unnamed, length = list(parts), 1
+    while unnamed:
+        short = {url: "/".join(parts[url][-length:]) for url in unnamed}
+        count = Counter(short.values())
+        done = [url for url in unnamed if count[short[url]] == 1 or length >= len(parts[url])]
+        names |= {url: short[url] for url in done}
+        unnamed = [url for url in unnamed if url not in names]
+        length += 1
+    return [[names[url] for url in listed] for listed in urls]

@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import put_in_place, sha256_of, take_lock
 from data_pipeline.storage.manifest import Shard
-from data_pipeline.storage.remote import filesystem, is_remote
+from data_pipeline.storage.remote import attempt, filesystem, is_remote
 
 # What may be deleted: the directory may hold files of others.
 _TAR = re.compile(r"[0-9a-f]{64}\.tar")
@@ -55,21 +55,16 @@ class Store:
 
     def _fetch(self, shard: Shard, part: Path) -> None:
         """Fetch into `part`, which this process holds locked, and verify; `part` is gone if that fails."""
-        fault = ""
         try:
             system, remote = filesystem(shard.url)
-            for attempt in range(self.attempts):
-                if attempt:
-                    time.sleep(self.backoff * 2 ** (attempt - 1))
-                try:
-                    self._make_room()
-                    system.get_file(remote, str(part))
-                    fault = _fault(part, shard)
-                except Exception as error:  # Each backend has exceptions of its own.
-                    fault = f"{type(error).__name__}: {error}"
-                if not fault:
-                    return
-            raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
+
+            def fetch() -> str:
+                self._make_room()
+                system.get_file(remote, str(part))
+                return _fault(part, shard)
+
+            if fault := attempt(fetch, self.attempts, self.backoff):
+                raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
         except BaseException:
             part.unlink(missing_ok=True)
             raise

@@ -45,6 +45,8 @@ class Manifest:
     statistics: dict[str, Any]
     path: str
     """Where it was loaded from: absolute local path, or remote url."""
+    captions: str = "whole"
+    """How a text of several lines is read: `whole`, as one caption, or `lines`, each as a caption of its own."""
 
     @property
     def nsamples(self) -> int:
@@ -53,8 +55,10 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Identity of the data: sha256 over (nsamples, filesize, sha256) of the shards in order, wherever they are."""
-        content = [[shard.nsamples, shard.filesize, shard.sha256] for shard in self.shards]
+        """Identity of the data: sha256 over (nsamples, filesize, sha256) of the shards in order, wherever they are; and
+        over how captions are read, where that is not as usual."""
+        content: list[Any] = [[shard.nsamples, shard.filesize, shard.sha256] for shard in self.shards]
+        content += [self.captions] if self.captions != "whole" else []
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -78,10 +82,13 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     return _parse(content, url)
 
 
-def write_manifest(path: str | os.PathLike[str], shards: Sequence[Shard], statistics: dict[str, Any]) -> None:
+def write_manifest(
+    path: str | os.PathLike[str], shards: Sequence[Shard], statistics: dict[str, Any], captions: str = "whole"
+) -> None:
     """Write the manifest of `shards` to the local file `path` (or manifest.json in that directory), atomically.
 
-    Urls are relative to the manifest where shards lie beside or below it, so that the directory can be moved.
+    captions: as in Manifest.
+    Urls are relative to the manifest where shards are beside or below it, so that the directory can be moved.
     """
     url = os.fspath(path)
     if is_remote(url):
@@ -93,6 +100,7 @@ def write_manifest(path: str | os.PathLike[str], shards: Sequence[Shard], statis
         "wids_version": 1,
         "nsamples": sum(shard.nsamples for shard in shards),
         "filesize": sum(shard.filesize for shard in shards),
+        "captions": captions,
         "shardlist": [
             {
                 "url": _relative(shard.url, local.parent),
@@ -159,10 +167,13 @@ def _parse(content: Any, url: str) -> Manifest:
     if not isinstance(statistics, dict):
         raise ValueError(f"{url}: its statistics are not an object; {_remedy(url)}")
     shards = tuple(_parse_shard(entry, f"{url}: shardlist[{index}]", url) for index, entry in enumerate(entries))
+    captions = content.get("captions", "whole")
+    if captions not in ("whole", "lines"):
+        raise ValueError(f"{url}: its captions are {captions!r}, not whole or lines; {_remedy(url)}")
     url_of_most, times = Counter(shard.url for shard in shards).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{url}: shard {url_of_most} is in it {times} times; {_remedy(url)}")
-    return Manifest(shards, statistics, url)
+    return Manifest(shards, statistics, url, captions)
 
 
 def _parse_shard(entry: Any, where: str, manifest: str) -> Shard:

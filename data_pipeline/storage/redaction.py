@@ -13,6 +13,17 @@ SECRET_VALUE = re.compile(
 HIDDEN = "***"
 
 
+def address(url: str) -> str:
+    """A url without its query, which may be a signature; a local path as it is."""
+    return url.partition("?")[0] if "://" in url else url
+
+
+def redact_urls(text: str) -> str:
+    """A text with a *** for every password and every query in the urls that it names."""
+    text = re.sub(r"(\w+://)[^/@\s]+@", rf"\g<1>{HIDDEN}@", text)
+    return re.sub(r"(\w+://[^\s?]+\?)\S+", rf"\g<1>{HIDDEN}", text)
+
+
 def redact(value: Any, name: str = "") -> Any:
     """`value`, a tree of dicts and lists, without anything that looks like a key: by its name, its form, or because a
     secret environment variable holds it; urls without passwords and queries."""
@@ -27,6 +38,4 @@ def redact(value: Any, name: str = "") -> Any:
     for key, secret in os.environ.items():
         if SECRET_NAME.search(key) and len(secret) >= 8:
             value = value.replace(secret, HIDDEN)
-    value = re.sub(r"(\w+://)[^/@\s]+@", rf"\g<1>{HIDDEN}@", value)
-    value = re.sub(r"(\w+://[^\s?]+\?)\S+", rf"\g<1>{HIDDEN}", value)
-    return SECRET_VALUE.sub(HIDDEN, value)
+    return SECRET_VALUE.sub(HIDDEN, redact_urls(value))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 REMOTE = ("http", "https", "s3", "gs")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tbz2", ".tar.lz4")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")
 _INSTALL = {"s3": "s3fs", "gs": "gcsfs", "http": "'fsspec[http]'", "https": "'fsspec[http]'"}
@@ -57,11 +59,33 @@ def open_remote(url: str) -> IO[bytes]:
     return system.open(path, "rb", **({"block_size": 0} if url.lower().startswith("http") else {}))
 
 
+def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) -> str:
+    """Run `action`, which returns what is wrong, until nothing is; returns the last fault, or "".
+
+    attempts, backoff: most tries, and seconds before the second one, doubled before each further one. What is not
+    there is not tried again.
+    """
+    fault = ""
+    for number in range(attempts):
+        if number:
+            time.sleep(backoff * 2 ** (number - 1))
+        try:
+            fault = action()
+        except FileNotFoundError as error:
+            return f"it does not exist ({error})"
+        except Exception as error:  # Each backend has exceptions of its own.
+            fault = f"{type(error).__name__}: {error}"
+        if not fault:
+            break
+    return fault
+
+
 def expand(patterns: Sequence[str]) -> list[str]:
     """Shard addresses that patterns stand for: absolute local paths or remote urls, in order, each once.
 
-    A pattern may hold braces (`{000..010}`, `{a,b}`) and globs (`*`, `?`, `[...]`), which are sorted; a local directory
-    stands for its *.tar files. Raises ValueError for what matches nothing: any one address of a brace list, too.
+    A pattern may hold braces (`{000..010}`, `{a,b}`) and globs (`*`, `?`, `[...]`), which are sorted; a directory (or a
+    url that ends in /) stands for its *.tar files. Raises ValueError for what matches nothing, any one address of a
+    brace list, too, and for a directory that holds other tars as well, compressed or in folders of their own.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -70,7 +94,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
             matches = _matches(part, literal)
             if not matches:
                 of = "" if part == pattern else f" (of {pattern})"
-                raise ValueError(f"no shard matches {part}{of}; give .tar files, a directory of them, or a pattern")
+                raise ValueError(f"no shard matches {part}{of}; {_what_else(part)}")
             found.update(dict.fromkeys(matches))
     return list(found)
 
@@ -79,6 +103,9 @@ def _matches(part: str, literal: bool) -> list[str]:
     """What one pattern without braces stands for."""
     has_glob = not literal and glob.has_magic(part)
     if is_remote(part):
+        part = f"{part}*.tar" if part.endswith("/") else part
+        # In a web address, ? begins the query, which a signature may be.
+        has_glob = glob.has_magic(part.partition("?")[0] if part.lower().startswith("http") else part)
         if not has_glob:
             return [part]
         system, path = filesystem(part)
@@ -90,8 +117,37 @@ def _matches(part: str, literal: bool) -> list[str]:
     if has_glob:
         return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     if Path(path).is_dir():
-        return sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        tars = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        if tars and (others := _other_tars(Path(path))):
+            raise ValueError(
+                f"{path} holds {len(tars):,} tars and {len(others):,} that it does not stand for, such as {others[0]}: "
+                f"give a pattern for those that you mean, such as '{path}/*.tar' or '{path}/**/*.tar' (compressed ones "
+                f"have to be unpacked to .tar first)"
+            )
+        return tars
     return [path] if Path(path).exists() else []
+
+
+def _other_tars(folder: Path) -> list[Path]:
+    """Compressed tars in a folder, and tars in the folders below it."""
+    found = [path for path in folder.glob("*") if path.name.lower().endswith(COMPRESSED)]
+    for path in folder.glob("*/**/*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and path.name.lower().endswith((".tar", *COMPRESSED)):
+            found.append(path)
+    return sorted(found)
+
+
+def _what_else(part: str) -> str:
+    """What to give instead of a path that stands for no shard."""
+    if not is_remote(part) and (folder := Path(part).expanduser()).is_dir():
+        others = _other_tars(folder)
+        if any(other.suffix == ".tar" for other in others):
+            return f"its tars are in folders below: give '{part}/**/*.tar' for all of them, or one of those folders"
+        if others:
+            return f"its tars are compressed: unpack them to .tar first, such as: gunzip {others[0]}"
+        return "it holds no .tar files; images or tables are packed with: python -m data_pipeline pack"
+    return "give .tar files, a directory of them, or a pattern"
 
 
 def _braces(pattern: str) -> list[str]:

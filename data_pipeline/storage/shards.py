@@ -25,7 +25,7 @@ class ShardReader:
         self.url = shard.url if shard else os.fspath(path)
         if shard:
             self._check("bytes", _filesize(path), shard.filesize)
-        self._entries = read_index(path, padded=shard is None)
+        self._entries = read_index(path)
         if shard:
             self._check("samples", len(self._entries), shard.nsamples)
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()

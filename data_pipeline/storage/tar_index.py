@@ -21,8 +21,8 @@ from typing import NamedTuple, overload
 
 BLOCK = 512
 """Bytes of a tar block: headers, and the unit that members are padded to."""
-RECORD = 20 * BLOCK
-"""Bytes of a tar record, the unit that the whole archive is padded to."""
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+"""How files begin that hold a tar, or the like, in another form."""
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _INDEX_VERSION = 2
 
@@ -93,11 +93,14 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match[1], match[2].lower()
 
 
-def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> Index:
+class EmptyTar(ValueError):
+    """A whole tar without any member."""
+
+
+def read_index(path: str | os.PathLike[str]) -> Index:
     """The samples of a tar, in order; the index is kept beside it (`.idx`) where that can be written.
 
-    padded: the tar must end on a whole record of 10,240 bytes, as those of webdataset, img2dataset, Python and GNU tar
-    do; without that, and without a manifest that states its size, a tar cut inside its final padding looks whole.
+    A whole tar ends with two blocks of zeros or more, whatever multiple of bytes its writer pads it to.
     Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link
     or device, a repeated key, no samples.
     """
@@ -106,11 +109,6 @@ def read_index(path: str | os.PathLike[str], *, padded: bool = True) -> Index:
         stat = path.stat()
     except FileNotFoundError as error:
         raise ValueError(f"there is no shard at {path}") from error
-    if padded and stat.st_size % RECORD:
-        raise ValueError(
-            f"{path}: {stat.st_size} bytes are no whole number of {RECORD}-byte records: the tar was cut short, or "
-            f"written without padding (then write it again, with webdataset or GNU tar)"
-        )
     index_path = path.with_name(f"{path.name}.idx")
     stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
     index = _load_index(index_path, stamp)
@@ -141,7 +139,10 @@ def _scan(path: Path, filesize: int) -> list[Entry]:
     end = 0
     for member in _members(path):
         if not (member.isreg() or member.isdir()) or member.issparse():
-            raise ValueError(f"{path}: member {member.name} is no plain file (a link, a device, a sparse file)")
+            raise ValueError(
+                f"{path}: member {member.name} is no plain file (a link, a device, a sparse file); write the tar "
+                f"again, such as with: tar --hard-dereference -h -cf"
+            )
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
         if end > filesize or member.size < 0:
             raise ValueError(f"{path}: member {member.name} reaches past the end of the tar: it was cut short")
@@ -151,13 +152,18 @@ def _scan(path: Path, filesize: int) -> list[Entry]:
         key, extension = named
         if not entries or entries[-1].key != key:
             if key in keys:
-                raise ValueError(f"{path}: key {key} is in it twice; the members of a sample must be neighbours")
+                raise ValueError(
+                    f"{path}: key {key} is in it twice; the members of a sample must be "
+                    f"neighbours: write the tar again with sorted names, such as with: tar --sort=name -cf"
+                )
             keys.add(key)
             entries.append(Entry(key, {}))
         if extension in entries[-1].members:
             raise ValueError(f"{path}: key {key} has two members .{extension}; keys must be unique within a shard")
         entries[-1].members[extension] = (member.offset_data, member.size)
     _check_end(path, end, filesize)
+    if not end:
+        raise EmptyTar(f"{path} is an empty tar")
     if not entries:
         raise ValueError(f"{path} holds no samples (files named key.extension)")
     return entries
@@ -165,6 +171,11 @@ def _scan(path: Path, filesize: int) -> list[Entry]:
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
     """The members that tarfile sees; it stops without a word at a damaged header, so check where it stopped."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, form in _PACKED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is compressed ({form}), so no sample in it can be read alone: unpack it to .tar")
     try:
         with tarfile.open(path, "r:") as tar:
             yield from tar

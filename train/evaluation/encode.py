@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,31 @@ class Features:
     image_of_text_M: Tensor
     """int64: for each text the row of its image."""
     keys: list[str]
-    """Per image "shard basename/sample key"."""
+    """Per image "shard name/sample key"."""
     captions: list[str]
     """The texts."""
     classes: list[str | None]
     """Per image the content of its `cls` member, None where it has none."""
     bad: list[dict]
     """Records of samples that could not be read and so are not among the images: shard, key, cause."""
+
+    def with_captions(self) -> Features:
+        """Without the images that have no caption, which are among `bad` then."""
+        owners_M, device = self.image_of_text_M, self.image_of_text_M.device
+        has_text_N = torch.zeros(len(self.keys), dtype=torch.bool, device=device)
+        has_text_N[owners_M] = True
+        if bool(has_text_N.all()):
+            return self
+        rows = has_text_N.nonzero()[:, 0].tolist()
+        lacking = [self.keys[row] for row in (~has_text_N).nonzero()[:, 0].tolist()]
+        return replace(
+            self,
+            image_ND=self.image_ND[has_text_N],
+            image_of_text_M=(has_text_N.cumsum(0) - 1)[owners_M],
+            keys=[self.keys[row] for row in rows],
+            classes=[self.classes[row] for row in rows],
+            bad=[*self.bad, *({"shard": "", "key": key, "cause": "no caption"} for key in lacking)],
+        )
 
 
 @contextmanager
@@ -141,7 +159,7 @@ class Encoder:
         return Features(
             image_ND=_gather_uneven(torch.cat(images), [len(part[1]) for part in parts]),
             text_MD=_gather_uneven(torch.cat(texts), [len(part[2]) for part in parts]),
-            image_of_text_M=torch.tensor(owners, device=device),
+            image_of_text_M=torch.tensor(owners, dtype=torch.int64, device=device),
             keys=keys,
             captions=captions,
             classes=classes,
@@ -161,7 +179,7 @@ class Encoder:
                 text_BD = self.model.encode_text(ids_ML[rows], mask_ML[rows])
             if not done:
                 features.append(text_BD.float())
-        return torch.cat(features)
+        return torch.cat(features) if features else torch.empty(0, self.config.model.embed_dim, device=device)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

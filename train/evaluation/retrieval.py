@@ -23,7 +23,7 @@ TIE = 1e-6
 
 
 class Retrieval(Task):
-    """`retrieval_metrics` of a data set's images and captions, and `n_bad`, samples that could not be read."""
+    """`retrieval_metrics` of a data set's images and captions, and `n_bad`, samples without caption or unreadable."""
 
     scores: ClassVar = {
         f"{side}_{name}": better
@@ -36,7 +36,7 @@ class Retrieval(Task):
     }
 
     def measure(self, encoder: Encoder) -> Evaluation:
-        found = encoder.features(self.manifest)
+        found = encoder.features(self.manifest).with_captions()
         chunk = encoder.config.eval.chunk
         metrics = retrieval_metrics(found.image_ND, found.text_MD, found.image_of_text_M, chunk)
         return Evaluation({**metrics, "n_bad": float(len(found.bad))}, found)

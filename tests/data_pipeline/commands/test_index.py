@@ -53,7 +53,8 @@ def test_the_manifest_says_what_the_shards_are(pattern, workers, shards):
     for shard, path in zip(manifest.shards, paths, strict=True):
         assert shard.filesize == path.stat().st_size
         assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert manifest.statistics == merge_statistics(shard_statistics(path) for path in paths)
+    expected = merge_statistics(shard_statistics(path) for path in paths)
+    assert manifest.statistics == {**expected, "left_out": []}
     assert manifest.statistics["samples"] == 12
     assert not list(shards.glob("*.partial"))
 
@@ -109,7 +110,9 @@ def test_bad_samples_are_told(tmp_path, capsys):
     assert index(tmp_path / "a.tar") == 0
     out = capsys.readouterr().out
     assert "1 of the samples are bad" in out
-    assert "a.tar/x: not a JPEG" in out
+    assert "1: not a JPEG" in out
+    (record,) = map(json.loads, (tmp_path / "manifest.bad.jsonl").read_text().splitlines())
+    assert (record["shard"], record["key"]) == ("a.tar", "x") and "10 bytes" in record["cause"]
 
 
 def test_what_is_kept_is_used_only_while_the_shard_is_the_same(shards, monkeypatch):
@@ -117,7 +120,7 @@ def test_what_is_kept_is_used_only_while_the_shard_is_the_same(shards, monkeypat
     measured = []
     real = indexing._measured
     monkeypatch.setattr(indexing, "_measured", lambda url, *rest: measured.append(Path(url).name) or real(url, *rest))
-    records = [indexing.index_shard("", (str(path), None)) for path in sorted(shards.glob("*.tar"))]
+    records = [indexing.index_shard("", "whole", (str(path), None)) for path in sorted(shards.glob("*.tar"))]
     lines = [json.dumps(record) for record in records]
     (shards / "manifest.json.partial").write_text("\n".join([lines[0], lines[1], lines[2][:-30]]))
     (shards / "train-000001.tar").write_bytes((shards / "train-000000.tar").read_bytes())

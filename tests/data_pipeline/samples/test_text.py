@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import CaptionConfig
 from data_pipeline.samples.image import BadSample
-from data_pipeline.samples.text import captions, check_captions, pick_caption, split
+from data_pipeline.samples.text import captions, check_captions, has_several_lines, pick_caption, split
 
 CAPTIONS = ["one", "two", "three"]
 
@@ -35,6 +35,16 @@ def described(**content: object) -> bytes:
         ({"json": b"[1, 2]", "txt": b"text"}, ["text"]),
         ({"json": b'{"caption": "cut \\ud83d"}'}, ["cut ?"]),
         ({"json": b'{"caption": "whole \\ud83e\\udd81"}'}, ["whole 🦁"]),
+        ({}, []),
+        ({"txt": b" \n"}, []),
+        ({"json": described(caption=None)}, []),
+        ({"txt": b" \n", "json": described(caption="one")}, ["one"]),
+        ({"txt": b"text", "json": described(caption=["one", "two"])}, ["one", "two"]),
+        ({"txt": b"text", "json": described(caption=[""])}, ["text"]),
+        ({"txt": "\ufefftext".encode()}, ["text"]),
+        ({"txt": b"a\nb\r\n\nc\n"}, ["a b c"]),
+        ({"txt": b"a\nb\r\n\nc\n", "__captions__": "lines"}, ["a", "b", "c"]),
+        ({"json": described(caption="a\nb"), "__captions__": "lines"}, ["a", "b"]),
     ],
 )
 def test_captions(raw: dict, expected: list[str]) -> None:
@@ -44,9 +54,6 @@ def test_captions(raw: dict, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("raw", "cause"),
     [
-        ({}, "no caption"),
-        ({"txt": b" \n"}, "no caption"),
-        ({"json": described(caption=None)}, "no caption"),
         ({"json": b'{"captions": [}'}, "not JSON"),
         ({"json": b"[" * 100_000}, "not JSON"),
         ({"json": described(captions=[7])}, "not text"),
@@ -58,7 +65,23 @@ def test_bad_captions(raw: dict, cause: str) -> None:
         captions(raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"txt": b"a\nb"}, True),
+        ({"txt": b"a\n\n"}, False),
+        ({"json": described(captions=["a", "b"])}, False),
+        ({}, False),
+    ],
+)
+def test_has_several_lines(raw: dict, expected: bool) -> None:
+    assert has_several_lines(raw) is expected
+
+
 def test_split() -> None:
+    with pytest.raises(BadSample, match="no caption"):
+        split({"__key__": "k", "jpg": b"image", "cls": b"1"})
+    assert split({"__key__": "k", "jpg": b"image", "cls": b"1"}, needs_caption=False) == (b"image", [], "1")
     assert split({"__key__": "k", "jpeg": b"image", "txt": b"text", "cls": b"7\n"}) == (b"image", ["text"], "7")
     assert split({"webp": b"image", "txt": b"text"})[2] is None
     with pytest.raises(BadSample, match=r"no image member .* its members: gif, txt"):

@@ -12,7 +12,9 @@ from data_pipeline.loader import eval_loader
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.distributed import run_distributed
+from tests.support.pictures import picture
 from tests.support.small import small_config, write_data
+from tests.support.tars import write_shards
 from tests.train.evaluation.test_retrieval import reference, without_chance
 from train import distributed
 from train.config import EvalTask, RunConfig
@@ -192,3 +194,31 @@ def test_stdout_has_the_result_alone(capfd):
         os.write(1, b"from a library\n")
     os.write(1, b"{}\n")
     assert capfd.readouterr() == ("{}\n", "from a library\n")
+
+
+@pytest.mark.parametrize("captioned", [0, 5])
+def test_captions_are_needed_only_where_the_task_uses_them(tmp_path, config, captioned):
+    """CLIP_benchmark's classification sets have none, and others lack some."""
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        text = {"txt": f"picture {number}".encode()} if number % 2 and number < 2 * captioned else {}
+        return f"{number:03d}", {"png": picture(number), "cls": str(number % 3).encode(), **text}
+
+    data = write_shards(tmp_path / "data", (6, 6), sample)
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    model, tokenizer = parts(config)
+    encoder = Encoder(model, config, tokenizer)
+    task = EvalTask(task="zeroshot", data=str(data), classnames=str(tmp_path / "names.txt"))
+    assert build_task(task).measure(encoder).metrics["n_images"] == 12
+    if not captioned:
+        with pytest.raises(ValueError, match="0 images and 0 texts"):
+            build_task(EvalTask(data=str(data))).measure(encoder)
+        return
+    found = build_task(EvalTask(data=str(data))).measure(encoder)
+    assert found.metrics["n_images"] == found.metrics["n_texts"] == captioned
+    assert found.metrics["n_bad"] == 12 - captioned
+    assert [found.features.keys[row] for row in found.features.image_of_text_M] == found.features.keys
+    assert found.features.captions == [f"picture {int(key[-3:])}" for key in found.features.keys]
+    whole = encoder.features(load_manifest(data))
+    rows = [whole.keys.index(key) for key in found.features.keys]
+    assert torch.equal(found.features.image_ND, whole.image_ND[rows])
