@@ -12,6 +12,7 @@ from data_pipeline.storage.files import write_atomically
 from data_pipeline.storage.manifest import Manifest
 from train import cli
 from train.config import RunConfig
+from train.evaluation import find_task
 from train.evaluation.retrieval import RECALL_AT
 from train.report.gallery import draw_galleries
 from train.report.plots import DIRECTIONS, draw_plots
@@ -35,6 +36,7 @@ SECTIONS = (
         "Each card: a held-out image and the nearest of all {n_texts:.0f} held-out texts. Right ones are green.",
     ),
     ("Recall", "recall.png", "Share of queries that have the right answer among their first 1, 5 and 10, in percent."),
+    ("Other evaluations", "tasks.png", "Each of --eval.tasks over the steps."),
     ("Loss", "loss.png", "Every step, and the moving average. Chance is what features that know nothing would get."),
     ("Training", "training.png", ""),
     (
@@ -71,7 +73,7 @@ def write_report(
     """Write the report of a run from its metrics.jsonl and its results; one process calls it.
 
     Args:
-        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`.
+        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`; `tasks`, `best` if any.
         evaluation: of the finished model on the held-out data, which `manifest` describes; None for none.
 
     Returns:
@@ -89,9 +91,12 @@ def write_report(
             draw_galleries(evaluation.features, manifest, config.data, directory)
         except (OSError, ValueError) as error:
             note = f"No galleries: {error}"
-    draw_plots(read_history(Path(run_dir)), metrics, chance_loss, directory)
+    tasks = results.get("tasks", {})
+    scores = {name: find_task(one["task"]).scores for name, one in tasks.items()}
+    drawn = {name: [metric for metric in scores[name] if scores[name][metric] is max] for name in scores}
+    draw_plots(read_history(Path(run_dir)), metrics, drawn, chance_loss, directory)
     facts = config_facts(config) + result_facts(results)
-    write_atomically(directory / "index.html", _page(config, metrics, facts, note, directory))
+    write_atomically(directory / "index.html", _page(config, metrics, tasks, facts, note, directory))
     return directory / "index.html"
 
 
@@ -103,7 +108,7 @@ def config_facts(config: RunConfig) -> list[tuple[str, str]]:
 
 def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     """How long the run was."""
-    seconds = results["seconds"]
+    seconds, best = results["seconds"], results.get("best")
     return [
         ("Steps", f"{results['steps']:,}"),
         ("Samples seen", f"{results['samples_seen']:,}"),
@@ -111,11 +116,17 @@ def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Samples per second", f"{results['samples_seen'] / seconds:,.0f}" if seconds else "-"),
         ("Bad samples replaced", f"{results['bad_samples']:,}"),
         ("Steps skipped", f"{results['skipped_steps']:,}"),
+        *([("Best", f"{best['metric']} {best['value']:.4g}, step {best['step']:,}")] if best else []),
     ]
 
 
 def _page(
-    config: RunConfig, metrics: dict[str, float], facts: list[tuple[str, str]], note: str, directory: Path
+    config: RunConfig,
+    metrics: dict[str, float],
+    tasks: dict[str, Any],
+    facts: list[tuple[str, str]],
+    note: str,
+    directory: Path,
 ) -> str:
     sections = []
     for title, name, words in SECTIONS:
@@ -125,18 +136,24 @@ def _page(
     rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in facts)
     return PAGE.substitute(
         name=escape(config.name),
-        cards=_cards(metrics) + (f"<p class=note>{escape(note)}</p>" if note else ""),
-        numbers=_numbers(metrics),
+        cards=_cards(metrics, bool(tasks)) + (f"<p class=note>{escape(note)}</p>" if note else ""),
+        numbers=_numbers(metrics) + "".join(_task_numbers(name, one["metrics"]) for name, one in tasks.items()),
         sections="".join(sections),
         facts=rows,
         yaml=escape(cli.to_yaml(config)),
     )
 
 
-def _cards(metrics: dict[str, float]) -> str:
-    """The four numbers to look at first."""
+def _cards(metrics: dict[str, float], other: bool) -> str:
+    """The four numbers to look at first; other: there are evaluations but for retrieval on `data.val`."""
+    if not metrics and other:
+        return ""
     if not metrics:
-        return "<p class=note>The run has no held-out data (--data.val), so nothing was evaluated.</p>"
+        return (
+            "<p class=note>The run has no held-out data, so nothing was evaluated. Keep some samples out of training, "
+            "make a manifest of them (python -m data_pipeline index) and give it as --data.val; or evaluate the run as "
+            "it is: python -m train.evaluate --run RUN --data MANIFEST.</p>"
+        )
     cards = []
     for side, name in DIRECTIONS:
         for k in (1, 10):
@@ -161,6 +178,12 @@ def _numbers(metrics: dict[str, float]) -> str:
     counts = f"{metrics['n_images']:,.0f} images, {metrics['n_texts']:,.0f} texts, {metrics['n_bad']:.0f} unreadable"
     table = f"<table class=numbers><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
     return f"<section><h2>Held-out retrieval</h2>{table}<p>{counts}</p></section>"
+
+
+def _task_numbers(name: str, metrics: dict[str, float]) -> str:
+    """All metrics of one of `eval.tasks`."""
+    rows = "".join(f"<tr><th>{escape(metric)}</th><td>{value:,.4g}</td></tr>" for metric, value in metrics.items())
+    return f"<section><h2>{escape(name)}</h2><table>{rows}</table></section>"
 
 
 PAGE = Template(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,26 @@ class PlainNumbers(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def draw_plots(history: History, results: dict[str, float], chance_loss: float | None, directory: Path) -> list[Path]:
-    """Write loss.png and training.png, recall.png where there are results, and towers.png where they were measured.
+def draw_plots(
+    history: History,
+    results: dict[str, float],
+    tasks: Mapping[str, Sequence[str]],
+    chance_loss: float | None,
+    directory: Path,
+) -> list[Path]:
+    """Write loss.png and training.png, and recall.png, tasks.png and towers.png where there is something to show.
 
     Args:
         results: the final retrieval metrics; empty for none.
+        tasks: other evaluations by name, with the metrics to draw of each.
         chance_loss: the loss of features that know nothing; None where there is no such number.
     """
     paths = [_save(loss_plot(history, chance_loss), directory / "loss.png")]
     paths.append(_save(training_plot(history), directory / "training.png"))
     if results:
         paths.append(_save(recall_plot(history, results), directory / "recall.png"))
+    if tasks:
+        paths.append(_save(tasks_plot(history, tasks), directory / "tasks.png"))
     if any("alignment" in record for record in history):
         paths.append(_save(towers_plot(history), directory / "towers.png"))
     return paths
@@ -100,6 +109,23 @@ def _recall_bars(axes: Axes, results: dict[str, float]) -> None:
     axes.tick_params(axis="x", labelsize=11, length=0)
     axes.set_ylim(0, min(109.0, 1.18 * max(results[f"{side}_R@10"] for side, _ in DIRECTIONS) + 3))
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+
+
+def tasks_plot(history: History, tasks: Mapping[str, Sequence[str]]) -> Figure:
+    """Every evaluation but that of `data.val` over the steps, each in axes of its own."""
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.0 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, metrics) in zip(grid, tasks.items(), strict=False):
+        _style(axes, name, "step")
+        for metric, color in zip(metrics, (IMAGE, TEXT, TEMPERATURE, NORM, MUTED, INK) * len(metrics), strict=False):
+            axes.plot(*series(history, f"{name}/{metric}"), color=color, marker="o", markersize=3, label=metric)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.legend(frameon=False, fontsize=9)
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    return figure
 
 
 def training_plot(history: History) -> Figure:

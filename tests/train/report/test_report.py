@@ -24,7 +24,8 @@ from train.evaluation.retrieval import retrieval_metrics
 from train.evaluation.task import Evaluation
 from train.report.gallery import RIGHT, RIGHT_PALE, Pictures, draw_galleries, nearest
 from train.report.page import write_report
-from train.report.plots import PlainNumbers, series, smooth
+from train.report.plots import PlainNumbers, series, smooth, tasks_plot
+from train.run.records import read_history
 
 RESULTS = {"steps": 30, "samples_seen": 3840, "seconds": 12.0, "bad_samples": 2, "skipped_steps": 0}
 PLOTS = {"loss.png", "training.png", "towers.png", "recall.png"}
@@ -98,6 +99,24 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_every_task_is_shown_over_time(tmp_path):
+    write_history(tmp_path, evaluations=0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step in (10, 20, 30):
+            file.write(json.dumps({"step": step, "groups/top1": 2.0 * step, "near/top1": 40.0}) + "\n")
+    tasks = {
+        "groups": {"task": "zeroshot", "metrics": {"top1": 60.0}},
+        "near": {"task": "knn", "metrics": {"top1": 40}},
+    }
+    best = {"metric": "groups/top1", "step": 30, "value": 60.0}
+    page = Page(write_report(tmp_path, RunConfig(), RESULTS | {"tasks": tasks, "best": best}).read_text())
+    assert "tasks.png" in page.images and "groups" in page.text and "groups/top1 60, step 30" in page.text
+    assert "nothing was evaluated" not in page.text
+    drawn = tasks_plot(read_history(tmp_path), {"groups": ["top1", "top5"], "near": ["top1"], "third": ["top1"]})
+    lines = [[list(line.get_ydata()) for line in axes.lines] for axes in drawn.axes[:2]]
+    assert lines == [[[20, 40, 60], []], [[40, 40, 40]]]
+
+
 def shows(path: Path, colour: str) -> bool:
     """Whether a picture has many pixels of exactly this colour."""
     image = Image.open(path).convert("RGB")
@@ -166,7 +185,7 @@ def test_without_held_out_data_there_are_the_curves(tmp_path):
     write_history(tmp_path, evaluations=0)
     page = Page(write_report(tmp_path, RunConfig(), RESULTS).read_text())
     assert set(page.images) == PLOTS - {"recall.png"}
-    assert "no held-out data (--data.val)" in page.text
+    assert "no held-out data, so nothing was evaluated" in page.text
 
 
 def test_a_run_without_a_step_has_a_report(tmp_path):
