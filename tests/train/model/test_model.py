@@ -293,3 +293,18 @@ def test_synchronized_norm_refuses_a_tower_whose_dropout_would_depend_on_the_num
         build_model(config, MEAN, STD)
     config.model.image.locked_until = -1
     build_model(config, MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda images: images / 255, r"not torch.float32: give \(255 \* images\).round\(\).to\(torch.uint8\)"),
+        (lambda images: images.long(), r"not torch.int64: give images.to\(torch.uint8\)"),
+        (lambda images: images / 64 - 2, "not torch.float32: give the pixels as decoded, not values from -2 to "),
+    ],
+)
+def test_images_that_are_not_pixels_are_refused(config, change, match):
+    model = build_model(config, MEAN, STD)
+    (batch,) = make_batches(1)
+    with pytest.raises(ValueError, match=f"expects uint8 pixels from 0 to 255, {match}"):
+        model.encode_image(change(batch.images_BCHW))

@@ -1,0 +1,115 @@
+"""Gradients of the global batch's loss, for any model that sees a part of the rows at a time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.support.distributed import run_distributed
+from tests.support.exactness import clip_loss
+from train import distributed
+from train.config import LossConfig
+from train.loss import Rows, contrastive_loss, loss_gradients
+
+
+class Pair(nn.Module):
+    """Two linear towers and a temperature without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(5, 4), nn.Linear(3, 4)
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, rows_B8):
+        image, text = (F.normalize(t) for t in (self.image(rows_B8[:, :5]), self.text(rows_B8[:, 5:])))
+        return {"image": image, "text": text, "logit_scale": self.log_scale.exp()}
+
+
+def data() -> torch.Tensor:
+    return torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+
+
+def pull_together(outputs, rows: Rows):
+    """An objective of one's own: squared distances, weighed by what does not belong to a row."""
+    own = slice(rows.start, rows.stop)
+    loss = outputs["logit_scale"] * (outputs["image"][own] - outputs["text"].mean(0)).square().sum(1).mean()
+    return loss, {"loss": loss}
+
+
+def gradients_of_a_rank(parts: int) -> list[list[torch.Tensor]]:
+    """Loss and averaged gradients, for a LossConfig and for an objective of one's own."""
+    world, rank = distributed.world_size(), distributed.rank()
+    own = data().chunk(world)[rank].chunk(parts)
+    results = []
+    for objective in (LossConfig(), pull_together):
+        model = Pair()
+        with torch.no_grad():
+            outputs = [model(part) for part in own]
+        losses, gradients = loss_gradients(outputs, objective)
+        for part, gradient in zip(own, gradients, strict=True):
+            output = model(part)
+            torch.autograd.backward(list(output.values()), [gradient[name] for name in output])
+        averaged = [distributed.all_reduce_sum(p.grad) / world for p in model.parameters()]
+        results.append([losses["loss"], *averaged])
+    return results
+
+
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_a_model_of_ones_own_accumulates_exactly(world, parts):
+    results = run_distributed(gradients_of_a_rank, world, parts)
+    plain = (lambda outputs: clip_loss(*outputs.values()), lambda outputs: pull_together(outputs, Rows())[0])
+    for number, loss_of in enumerate(plain):
+        model = Pair()
+        loss = loss_of(model(data()))
+        loss.backward()
+        for rank in results:
+            for found, expected in zip(rank[number], [loss, *(p.grad for p in model.parameters())], strict=True):
+                torch.testing.assert_close(found.float(), expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_without_start_and_stop_all_rows_count():
+    outputs = Pair()(data())
+    image, text, scale = outputs.values()
+    torch.testing.assert_close(contrastive_loss(image, text, scale), clip_loss(image, text, scale))
+
+
+def test_duplicates_of_this_ranks_rows_are_left_out():
+    outputs, ids = Pair()(data()), torch.arange(12) // 2
+    config = LossConfig(mask_duplicates=True)
+    losses, _ = loss_gradients([outputs], config, image_ids_b=ids, text_ids_b=ids)
+    image, text, scale = outputs.values()
+    expected = contrastive_loss(image, text, scale, config=config, image_ids_B=ids, text_ids_B=ids)
+    torch.testing.assert_close(losses["loss"].float(), expected)
+    assert losses["loss"] < contrastive_loss(image, text, scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"text": torch.ones(5, 4)},
+            r"number of rows \(image 12, text 5\): name those .* in .* scalars",
+        ),
+        ({"margin": torch.ones(1)}, r"differ in their number of rows \(image 12, text 12, margin 1\)"),
+        ({"image": None}, "outputs have no image: a LossConfig needs image, text and logit_scale"),
+        ({"text": torch.ones(12, 3)}, r"image_BD has shape \[12, 4\] and text_BD \[12, 3\]: both must be \[B, D\]"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(change, match):
+    outputs = {name: value for name, value in (Pair()(data()) | change).items() if value is not None}
+    with pytest.raises(ValueError, match=match):
+        loss_gradients([outputs])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"start": 6, "stop": 6}, "start 6 and stop 6 must be a range of the 12 rows of image_BD"),
+        ({"stop": 13}, "start 0 and stop 13 must be a range of the 12 rows"),
+        ({"config": LossConfig(mask_duplicates=True)}, "config.mask_duplicates needs image_ids_B and text_ids_B"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        contrastive_loss(*Pair()(data()).values(), **arguments)
