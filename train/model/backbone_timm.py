@@ -34,6 +34,8 @@ def build(name: str, config: ImageTowerConfig, image_size: int, pretrained: bool
     _check_name(timm, name)
     options = {keyword: getattr(config, field) for field, keyword in FIELDS.items()}
     module = _model(timm, name, image_size, {key: value for key, value in options.items() if value is not None})
+    if config.drop_path and not any(getattr(part, "drop_prob", 0) for part in module.modules()):
+        raise ValueError(_not_taken("drop_path", config.drop_path, name))
     if pretrained and config.weights != "scratch":
         _load(timm, module, name, config.weights)
     return describe(module, image_size, f"timm/{name}", channels_last=getattr(module, "output_fmt", "NCHW") == "NHWC")
@@ -71,8 +73,7 @@ def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> 
     except TypeError as error:
         for field, keyword in FIELDS.items():
             if keyword in options and keyword in str(error):
-                message = f"--model.image.{field} {options[keyword]}: timm's {name} does not take it; leave it null"
-                raise ValueError(message) from error
+                raise ValueError(_not_taken(field, options[keyword], name)) from error
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -80,11 +81,13 @@ def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> 
         ) from error
 
 
+def _not_taken(field: str, value: float, name: str) -> str:
+    return f"--model.image.{field} {value}: timm's {name} does not take it; leave it null"
+
+
 def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
     state = read_state_dict(weights) or timm_weights(timm, name, weights)
-    # A classifier's tensors, under whatever names.
-    with torch.device("meta"):
-        head = set(timm.create_model(name, num_classes=10).state_dict()) - set(module.state_dict())
+    head = set(_with_classifier(timm, name).state_dict()) - set(module.state_dict())
     # timm's own translation of older names, and of position embeddings of another image size.
     source = vars(sys.modules[timm.models.model_entrypoint(name).__module__])
     translate = source.get("checkpoint_filter_fn") or source.get("_filter_fn")
@@ -95,3 +98,12 @@ def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
         return {key: value for key, value in state.items() if key not in head}
 
     load_weights(module, state, by_name, f"--model.image.weights {weights}", f"timm/{name}")
+
+
+def _with_classifier(timm: Any, name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, num_classes=10)
+        except RuntimeError:  # its constructor looks at values
+            return timm.create_model(name, num_classes=10)

@@ -50,6 +50,8 @@ def one_thread():
 
 
 def tower(name: str, size: int = SIZE, **options) -> ImageTower:
+    if not timm.is_model(name):
+        pytest.skip(f"this version of timm is without {name}")
     torch.manual_seed(1)
     return ImageTower(ImageTowerConfig(name=f"timm/{name}", **options), size)
 
@@ -60,7 +62,7 @@ def pixels(size: int = SIZE, rows: int = 4) -> torch.Tensor:
 
 def run_config(text_tower: str, name: str) -> RunConfig:
     config = make_config(text_tower, "tiled", global_batch=8)
-    config.model.image.name = f"timm/{name}"
+    config.model.image.name = name
     return config
 
 
@@ -150,7 +152,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layer_decay_and_locking_know_every_layer(name, tmp_path):
-    config = run_config(write_text_tower(tmp_path), name)
+    tower(name)  # or skip
+    config = run_config(write_text_tower(tmp_path), f"timm/{name}")
     options = config.model.image
     options.layer_decay, options.locked_stages = 0.5, 1
     model = pair(config)
@@ -181,7 +184,7 @@ def gradients(text_tower: str, name: str) -> dict[str, torch.Tensor]:
     return {n: parameter.grad for n, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "efficientvim_m1"])
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "tests.train.model.test_own.Tower"])
 def test_two_ranks_have_the_gradient_of_one(name, tmp_path):
     """The second has a parameter that its features do not depend on: DDP would wait for it for ever."""
     text_tower = write_text_tower(tmp_path)
@@ -192,16 +195,9 @@ def test_two_ranks_have_the_gradient_of_one(name, tmp_path):
             torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=1e-6, msg=key)
 
 
-def test_parameters_that_the_features_do_not_depend_on_are_kept_from_learning():
-    model = tower("efficientvim_m1")
-    model(pixels()).sum().backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == [name for name, parameter in model.named_parameters() if not parameter.requires_grad] != []
-
-
 @pytest.mark.parametrize("name", ["test_mambaout", "test_convnext"])
 def test_maps_of_every_layout_are_read_as_positions(name, tmp_path):
-    config = run_config(write_text_tower(tmp_path), name)
+    config = run_config(write_text_tower(tmp_path), f"timm/{name}")
     model = tower(name)
     assert model.channels_last == (name == "test_mambaout")
     levels, _ = tapped(model, image_taps(model, config.model.multiscale, name), pixels())
@@ -226,9 +222,10 @@ def test_dropout_and_drop_path_are_handed_on(tmp_path):
     model = tower("test_efficientnet", dropout=0.2, drop_path=0.1).backbone
     assert model.drop_rate == 0.2
     assert max(getattr(module, "drop_prob", 0) for module in model.modules()) > 0
-    with pytest.raises(ValueError, match=r"--model\.image\.drop_path 0\.1: timm's hrnet_w18_small does not take it"):
-        tower("hrnet_w18_small", drop_path=0.1)
-    config = run_config(write_text_tower(tmp_path), "test_efficientnet")
+    for name in ("dla34", "hrnet_w18_small"):  # the second one of timm 1.0.20 takes it and does nothing with it
+        with pytest.raises(ValueError, match=rf"--model\.image\.drop_path 0\.1: timm's {name} does not take it"):
+            tower(name, drop_path=0.1)
+    config = run_config(write_text_tower(tmp_path), "timm/test_efficientnet")
     config.model.image.norm = "sync_batch"
     pair(config)
     for name in ("dropout", "drop_path"):
