@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from data_pipeline.config import CaptionConfig
 from data_pipeline.samples.image import IMAGE_EXTENSIONS, BadSample
@@ -34,10 +35,10 @@ def split(raw: dict, *, needs_caption: bool = True) -> tuple[bytes, list[str], s
 
 
 def captions(raw: dict) -> list[str]:
-    """The captions of a raw sample, white space tidied, repeats left out.
+    """All captions of a raw sample, white space tidied, empty ones and repeats left out.
 
-    A list in the `json` member (`captions`, or `caption`) comes first, then the `txt` member, then a text `caption` in
-    `json`; what is empty counts as not there. Raises BadSample for what is no text.
+    In this order: lists `captions` and `caption` in the `json` member, the `txt` member, a text `caption` in `json`.
+    Raises BadSample for what is no text.
     """
     found = _found(raw)
     texts = [line for text in found for line in lines_of(text)] if raw.get(CAPTIONS) == LINES else found
@@ -60,20 +61,19 @@ def tidied(texts: Iterable[str]) -> list[str]:
 
 
 def _found(raw: dict) -> list[str]:
+    """All texts of a raw sample, in the order of `captions`, as they are."""
+    written = [_text(raw["txt"], "txt")] if "txt" in raw else []
     described = raw.get("json", b"")
-    if _LISTED.search(described) and _say(listed := _described(described)[0]):
-        return listed
-    if "txt" in raw and _say(text := [_text(raw["txt"], "txt")]):
-        return text
-    single = _described(described)[1] if described else []
-    return single if _say(single) else []
-
-
-def _say(texts: list) -> bool:
-    """Whether any of the texts is more than white space. Raises BadSample where one is no text."""
-    if not all(isinstance(text, str) for text in texts):
-        raise BadSample("a caption in the json member is not text")
-    return any(text.strip() for text in texts)
+    if not described:
+        return written
+    try:
+        listed, single = _described(described)
+    except BadSample:
+        # Beside a text the json member may be anything, unless it was to list captions.
+        if _LISTED.search(described) or not "".join(written).strip():
+            raise
+        return written
+    return [*listed, *written, *single]
 
 
 def name_bytes(text: str) -> bytes:
@@ -86,21 +86,22 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _described(data: bytes) -> tuple[list, list]:
-    """What the json member lists as captions, and what it has as a single caption; missing ones left out."""
+def _described(data: bytes) -> tuple[list[str], list[str]]:
+    """The captions that the json member lists, and the one that it has as a single text. Raises BadSample."""
     try:
         content = json.loads(_text(data, "json"))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the json member is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        return [], []
-    several, one = content.get("captions"), content.get("caption")
-    listed = [several] if isinstance(several, str) else several
-    if not listed and isinstance(one, list):
-        listed, one = one, None
-    if listed is not None and not isinstance(listed, list):
+    listed: list[Any] = []
+    single: list[Any] = []
+    if isinstance(content, dict):
+        for name, others in (("captions", listed), ("caption", single)):
+            value = content.get(name)
+            found, of = (value, listed) if isinstance(value, list) else ([value], others)
+            of += [text for text in found if text is not None]
+    if not all(isinstance(text, str) for text in listed + single):
         raise BadSample("a caption in the json member is not text")
-    return [text for text in listed or [] if text is not None], [] if one is None else [one]
+    return listed, single
 
 
 def _text(data: bytes, member: str) -> str:
