@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             f"error: rank {dist.get_rank()} has lost the other ranks ({str(error).splitlines()[0]}): a "
-            "process, a host or the network is gone. The newest checkpoint is whole, the same command goes on from it",
+            "process, a host or the network is gone. The newest checkpoint is whole, the same command resumes from it",
             file=sys.stderr,
             flush=True,
         )

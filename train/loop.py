@@ -41,7 +41,7 @@ from train.step import training_step
 
 @dataclass
 class Run:
-    """The parts of a run, built and at the step where it goes on."""
+    """The parts of a run, built and at the step where it starts or resumes."""
 
     config: RunConfig
     directory: Path
@@ -60,7 +60,9 @@ class Run:
 
 
 def run(config: RunConfig) -> int:
-    """Train, or go on, or say that it is done. Returns the exit status: 0, or 85 where a signal stopped it.
+    """Train, or resume, or say that it is done. Returns the exit status: 0, or 85 where a signal stopped it.
+
+    In a thread that is not the main one signals are left alone.
 
     Raises:
         ValueError: something that the user can mend; the message names the field, the value and the remedy.
@@ -70,7 +72,7 @@ def run(config: RunConfig) -> int:
     accelerator = start()
     with open_run(config) as directory:
         if results := read_results(directory):
-            announce(directory, results, "is finished already; choose another --name to train anew")
+            announce(directory, results, "is finished already; choose another name to train again")
             return 0
         check(config, distributed.world_size())
         return train(build(config, accelerator, directory, stop))
@@ -110,14 +112,14 @@ def train(run: Run) -> int:
             checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
         if stopping and not done:
             run.stop.ignore_further()
-            tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command goes on")
+            tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command resumes it")
             return EXIT_PREEMPTED
         clock = time.perf_counter()
     return finish(run, found)
 
 
 def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, str]:
-    """Move the state on by one step, write the ledger, and agree with all ranks on what has happened.
+    """Count one more step in the state, write the ledger, and agree with all ranks on what has happened.
 
     Returns:
         The signal for which all ranks stop ("" for none), and the digest of the sample order of the global batch.
@@ -142,13 +144,13 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     # Ten, because one bad sample in the first batch would already be a large share of the samples seen.
     if state.bad_samples > max(10, config.data.max_bad_fraction * state.samples_seen):
         raise ValueError(
-            f"--data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
+            f"data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
             f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Mend them, or raise it"
         )
     if state.skipped_in_row > config.train.max_skipped:
         raise ValueError(
-            f"--train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
-            "steps. Lower --optim.lr, lengthen --optim.warmup_steps, or train in fp32"
+            f"train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
+            "steps. Lower optim.lr, lengthen optim.warmup_steps, or train in fp32"
         )
     stopping = (run.stop.name or "a signal to another rank") if stops else ""
     return stopping, f"{digest % 2**64:016x}"
@@ -206,8 +208,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         state = checkpoint.load_state(found)
         if state.data_hash != feed.identity:
             raise ValueError(
-                f"--data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
-                "Give the data of before, or choose another --name"
+                f"data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
+                "Give the data that it was trained on, or choose another name"
             )
         checkpoint.load_weights(found, model)
     engine = engine_of_run(accelerator, model, config)
@@ -223,9 +225,9 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     record_config(directory, config)
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
-    tracker.message(f"images are normalized by --data.normalize {config.data.normalize}: mean {mean}, std {std}")
+    tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
-        tracker.message(f"going on from {found}")
+        tracker.message(f"resumes from {found}")
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
     parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, best, tracker, stop)
     return Run(config, directory, *parts)
@@ -258,7 +260,7 @@ def restore(found: Path, engine: Engine, average: WeightAverage, state: TrainSta
 
 
 def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:
-    """This process's micro-batches of the next step, on its device."""
+    """This rank's share of the next step, on its device."""
     return [next(batches).to(device, non_blocking=True) for _ in range(share)]
 
 
@@ -282,7 +284,7 @@ def improved(run: Run, found: dict[str, Evaluation]) -> bool:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps is due; never where `every` is 0."""
+    """Whether what is done every so many steps is due; never where `every` is 0."""
     return every > 0 and step % every == 0
 
 

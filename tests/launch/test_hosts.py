@@ -76,13 +76,13 @@ def test_a_cut_link_ends_all_ranks_and_the_same_commands_go_on(hosts, tmp_path):
     assert codes == [1, 1]
     for rank, log in enumerate(logs):
         assert f"error: rank {rank} has lost the other ranks" in log.read_text()
-        assert "the same command goes on from it" in log.read_text()
+        assert "the same command resumes from it" in log.read_text()
     assert saved_step(config) >= 2
 
     hosts.link("up")
     both = [hosts.start(host, logs[host], *arguments) for host in (0, 1)]
     assert [process.wait(300) for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
-    assert "going on from" in logs[0].read_text()
+    assert "resumes from" in logs[0].read_text()
     assert_same_curve(finish(config), expected)
 
 

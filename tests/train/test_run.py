@@ -1,4 +1,4 @@
-"""The run as a user starts it: killed, stopped, gone on with, refused."""
+"""The run as a user starts it: killed, stopped, resumed, refused."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight,
     stopped = [path.name for path in (run_dir(config) / "checkpoints").glob("step_*")]
     assert len(stopped) == 1 and 2 <= int(stopped[0][5:]) < STEPS
     said = run(config, tmp_path, engine="zero2", processes=2)
-    assert "--data.normalize imagenet: mean 0.485/0.456/0.406, std 0.229/0.224/0.225" in said
+    assert "data.normalize imagenet: mean 0.485/0.456/0.406, std 0.229/0.224/0.225" in said
     assert_same_curve(curve(config), curve(straight), 1e-4)
 
 
@@ -130,6 +131,16 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) ->
     assert checkpoint.newest(run_dir(config)) == newest
 
 
+def test_a_run_in_a_thread_finishes_and_leaves_signals_alone(tmp_path: Path) -> None:
+    config = prepare(tmp_path, steps=2)
+    config.data.val = ""
+    handlers = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(loop.run, config).result() == 0
+    assert [step for step, _, _ in curve(config)] == [1, 2]
+    assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == handlers
+
+
 def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path) -> None:
     config = prepare(tmp_path, steps=2)
     config.data.train = str(write_data(tmp_path / "bad", (64,), bad=(3, 17)))
@@ -142,7 +153,7 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
     config = prepare(tmp_path, steps=4)
     config.name, config.data.val = "worse", ""
     config.data.train = str(write_data(tmp_path / "worse", (64,), bad=range(0, 64, 2)))
-    with pytest.raises(ValueError, match=r"--data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
+    with pytest.raises(ValueError, match=r"data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
         loop.run(config)
 
 
@@ -150,7 +161,7 @@ def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path:
     config = prepare(tmp_path, max_skipped=2)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 1
     config.optim.lr, config.optim.warmup_steps = 1e30, 0  # sums of squares overflow from the second step on
-    with pytest.raises(ValueError, match=r"--train\.max_skipped 2: no finite gradient in the last 3 steps"):
+    with pytest.raises(ValueError, match=r"train\.max_skipped 2: no finite gradient in the last 3 steps"):
         loop.run(config)
     saved = checkpoint.newest(run_dir(config))
     state = checkpoint.load_state(saved)
@@ -158,7 +169,7 @@ def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path:
     weights = load_file(saved / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     config.checkpoint.every = 0
-    with pytest.raises(ValueError, match="in the last 3 steps"):  # the count goes on where it was saved
+    with pytest.raises(ValueError, match="in the last 3 steps"):  # the count resumes where it was saved
         loop.run(config)
     assert [entry[0] for entry in curve(config)] == [1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""What is measured of a step and of its embeddings, against plain float64 references; what balance makes of it."""
+"""What is measured of a step in every engine, against a plain model in float64; what balance makes of it."""
 
 import functools
 import itertools
@@ -16,9 +16,9 @@ from data_pipeline.seeds import micro_batch_seed
 from tests.support.distributed import run_distributed
 from tests.support.exactness import engine_environment, make_batch, make_config, write_text_tower
 from tests.support.small import TEXT_FILES
+from tests.train.engine.test_embedding import plain_embedding_metrics
 from train.checkpoint import load_state
 from train.config import TOWERS, BalanceConfig, RunConfig
-from train.engine.embedding import ROWS, effective_rank, embedding_metrics
 
 ENGINES = ("ddp", "zero2", "zero3")
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
@@ -142,20 +142,6 @@ def tower_norm(tensors: dict[str, Tensor], tower: str) -> float:
     return math.sqrt(sum(squares))
 
 
-def plain_embedding_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
-    """By the formulas of the papers, in float64."""
-    features = {"image": image.double(), "text": text.double()}
-    x, y = features.values()
-    metrics = {"alignment": (x - y).norm(dim=1).pow(2).mean(), "modality_gap": (x.mean(0) - y.mean(0)).norm()}
-    for tower, value in features.items():
-        metrics[f"uniformity/{tower}"] = torch.pdist(value).pow(2).mul(-2).exp().mean().log()
-        singular = torch.linalg.svdvals(value)
-        shares = singular / singular.sum()
-        shares = shares[shares > 0]
-        metrics[f"effective_rank/{tower}"] = (-(shares * shares.log()).sum()).exp()
-    return {name: float(value) for name, value in metrics.items()}
-
-
 @pytest.mark.parametrize(
     "engine", [pytest.param(name, marks=pytest.mark.slow if name == "zero2" else ()) for name in ENGINES]
 )
@@ -190,32 +176,3 @@ def test_measuring_alone_leaves_the_curve_as_it_is(runs, engine: str) -> None:
     assert measured == bare
     saved = [root / name / "checkpoints" / "step_00000002" / "model.safetensors" for name in ("measured", "bare")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
-
-
-@pytest.mark.parametrize(("rows", "width"), [(300, 20), (20, 300), (ROWS + 7, 8)])
-def test_embedding_metrics_are_those_of_the_papers(rows: int, width: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    image = F.normalize(torch.randn(rows, width, generator=generator) + 0.5, dim=1)
-    text = F.normalize(image + 0.3 * torch.randn(rows, width, generator=generator), dim=1)
-    metrics = embedding_metrics(image, text)
-    expected = plain_embedding_metrics(image, text)
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5), name
-
-
-def test_embedding_metrics_at_their_ends() -> None:
-    corners = torch.eye(8)
-    same = embedding_metrics(corners, corners)
-    assert same["alignment"] == same["modality_gap"] == 0
-    assert same["effective_rank/image"] == pytest.approx(8) and same["uniformity/text"] == pytest.approx(-4)
-    point = embedding_metrics(corners, corners[:1].expand(8, 8))
-    assert point["effective_rank/text"] == pytest.approx(1, abs=1e-5) and point["uniformity/text"] == 0
-    assert effective_rank(torch.randn(500, 3) @ torch.randn(3, 200)) < 3.001
-
-
-def test_features_that_are_not_finite_are_reported_and_do_not_stop_the_run() -> None:
-    broken = torch.full((4, 3), math.nan)
-    metrics = embedding_metrics(torch.eye(4, 3), broken)
-    assert math.isnan(metrics["effective_rank/text"]) and math.isnan(metrics["alignment"])
-    assert metrics["effective_rank/image"] == pytest.approx(3)
