@@ -73,6 +73,7 @@ def train(resident: int) -> list[dict[str, Tensor]]:
         metrics = training_step(engine, own, config, measure=True)
         assert metrics["skipped"] == 0 and metrics["alignment"] > 0
         found.append(engine.weights())
+        engine.clamped = ()  # the second step starts from the clamped value, and goes on freely
     return found
 
 
@@ -87,7 +88,7 @@ def plain_torch() -> list[dict[str, Tensor]]:
         optimizer.step()
         if step == 0:
             assert model.temperature.item() < LOWEST, "nothing would have to be clamped"
-        model.temperature.data.clamp_(LOWEST, START)
+            model.temperature.data.clamp_(LOWEST, START)
         found.append({name: value.clone() for name, value in model.state_dict().items()})
     return found
 

@@ -77,6 +77,14 @@ def scales(directory: Path) -> list[float]:
     return torch.cat([weights["log_scale"], weights["level_log_scales"]]).exp().tolist()
 
 
+def saved(directory: Path, part: str) -> torch.Tensor:
+    """All values of one file of a checkpoint that learn."""
+    (checkpoint,) = (directory / "checkpoints").glob("step_*")
+    names = sorted(name.removesuffix(".exp_avg") for name in load_file(checkpoint / "optimizer.safetensors"))
+    tensors = load_file(checkpoint / f"{part}.safetensors")
+    return torch.cat([tensors[name].flatten() for name in names if name in tensors])
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """Two steps under DDP on two processes, saved; and the two that follow."""
@@ -103,6 +111,9 @@ def test_the_steps_after_a_change_of_engine_are_the_same(straight, tmp_path: Pat
     actual = leg(engine, world, tmp_path, "two", "four", 2)
     assert scales(tmp_path / "four") == pytest.approx(scales(directory / "four"), rel=1e-5)
     assert max(scales(tmp_path / "four")) < 14.0001
+    average = saved(directory / "four", "ema")
+    lag = (saved(directory / "four", "model") - average).norm()
+    assert (saved(tmp_path / "four", "ema") - average).norm() < 0.1 * lag
     for (loss, norm), (expected_loss, expected_norm) in zip(actual, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
