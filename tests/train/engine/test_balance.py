@@ -1,4 +1,4 @@
-"""The controller of modality balance. Over ranks, engines and resumption: test_diagnostics.py."""
+"""The controller of modality balance. Over ranks, engines and resumption: test_meter.py."""
 
 import math
 

@@ -13,17 +13,19 @@ from tests.support.exactness import engine_environment, make_batch, make_config,
 def moved_parts(text_tower: str) -> dict[str, bool]:
     """Whether two steps move each parameter and statistic, where the lower parts of both towers never learn."""
     from train import distributed
-    from train.engine.base import Engine
+    from train.engine.build import engine_of_run
+    from train.engine.optim import set_lrs
+    from train.engine.start import start
     from train.model.pair import build_model
     from train.step import training_step
 
     config = make_config(text_tower, "tiled", global_batch=32)
     config.model.image.locked_stages, config.model.text.locked_layers = 2, 1
-    engine = Engine(distributed.start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    engine = engine_of_run(start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
     before = engine.weights()
     share = 8 // distributed.world_size()
     for step in range(2):
-        engine.set_lrs(step, 10)
+        set_lrs(engine.optimizer, step, 10, config.optim)
         training_step(engine, make_batch(config, step)[distributed.rank() * share :][:share], config)
     after = engine.weights()
     assert engine.updates() == 2
