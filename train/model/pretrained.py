@@ -183,7 +183,7 @@ def _is_counter(name: str) -> bool:
 
 
 def from_hub(load: Callable[..., Any], name: str) -> Any:
-    """What `load` makes of a directory or of files in the local cache; only then is the hub asked, and only once.
+    """What `load` returns for a directory or for files in the local cache; the hub is asked only without either, once.
 
     Code that lies beside the files is never run: `load` is told not to trust it, so it cannot ask a terminal either.
 
@@ -213,7 +213,7 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings, on every rank, about tensors that are left out on purpose."""
+    """Keeps transformers from showing, on every rank, its bars and its warnings of tensors left out on purpose."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

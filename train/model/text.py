@@ -26,7 +26,7 @@ class TextTower(nn.Module):
     """A BERT-family encoder without pooler, and the pooling of its last hidden states.
 
     Args:
-        config: name, weights, pooling, checkpointing.
+        config: name, weights, pooling, how many layers never learn, checkpointing.
         pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
 
     Attributes:
@@ -96,27 +96,27 @@ def architecture(name: str, pretrained: bool) -> dict[str, Any]:
 
 def _encoder_config(name: str, pretrained: bool) -> transformers.PretrainedConfig:
     if name in BUILT_IN_BERT and not pretrained:
-        return transformers.BertConfig()  # is that architecture, so no hub is asked
+        return transformers.BertConfig()  # transformers' default is BERT-base: no hub is asked
     return from_hub(transformers.AutoConfig.from_pretrained, name)
 
 
 def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
     config = _encoder_config(name, pretrained)
-    # The family is told by its objective: encoders that see the whole caption are trained on masked words.
+    # What shows the family is the objective: encoders that see the whole caption are trained on masked words.
     family = not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not family or type(config) not in transformers.MODEL_MAPPING or not hasattr(config, "hidden_size"):
         raise ValueError(f"--model.text.name {name} is of type {config.model_type}: use an encoder of the BERT family")
     encoder_class: Any = transformers.MODEL_MAPPING[type(config)]
     options: dict = {}
     if "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # parameters that no gradient reaches would stop DDP
+        options["add_pooling_layer"] = False  # DDP would wait for parameters that no gradient reaches
     if encoder_class._supports_sdpa:
         options["attn_implementation"] = "sdpa"
     if not pretrained:
         return transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **options)
     load = partial(encoder_class.from_pretrained, dtype=torch.float32, output_loading_info=True, **options)
     encoder, info = from_hub(load, name)
-    # transformers only warns, and leaves fresh weights where the file has none or others.
+    # Where the file lacks a tensor or has another shape, transformers only warns and leaves fresh weights.
     problems = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if problems:
         raise ValueError(

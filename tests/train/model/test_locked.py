@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.activations import kept_for_backward
 from tests.support.distributed import run_distributed
 from tests.support.exactness import engine_environment, make_batch, make_config, plain_gradients, write_text_tower
 
@@ -58,17 +59,7 @@ def test_the_backward_pass_stops_at_the_lowest_part_that_learns(tmp_path: Path) 
         config = make_config(text_tower, "tiled", global_batch=32)
         config.model.image.locked_stages = stages
         tower = build_model(config, (0.5,) * 3, (0.25,) * 3).image
-        own = {parameter.data_ptr() for parameter in tower.parameters()}
-        sizes: dict[int, int] = {}
-
-        def keep(tensor, own=own, sizes=sizes):
-            if tensor.data_ptr() not in own:
-                sizes[tensor.data_ptr()] = tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            features = tower(torch.randn(2, 3, 32, 32))
-        kept[stages] = sum(sizes.values())
+        features, kept[stages] = kept_for_backward(tower, torch.randn(2, 3, 32, 32))
         features.sum().backward()
         without = {name.split(".")[1] for name, p in tower.named_parameters() if p.grad is None}
         assert without == ({"conv1", "bn1", "layer1", "layer2"} if stages else set())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.activations import kept_for_backward
 from tests.support.distributed import run_distributed
 from tests.support.exactness import make_batch, make_config, write_text_tower
 from train.config import ImageTowerConfig, RunConfig
@@ -68,20 +68,6 @@ def run_config(text_tower: str, name: str) -> RunConfig:
 
 def pair(config: RunConfig) -> PairModel:
     return build_model(config, (0.5,) * 3, (0.25,) * 3)
-
-
-def kept_for_backward(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Features, and the bytes that the forward pass keeps beside the parameters."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = module(x)
-    return features, sum(size for address, size in kept.items() if address not in own)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
