@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from PIL import Image
 
 from data_pipeline.commands.rows import Row
-from data_pipeline.samples.image import BadSample, decode_image, load_image, open_image, oriented_size
+from data_pipeline.samples.image import FORMATS, BadSample, decode_image, load_image, open_image, oriented_size
 from data_pipeline.storage.files import read_file
 
+CONVERTED = ("GIF", "BMP", "TIFF", "AVIF")
+"""Formats that are read only to be re-encoded: in shards they would be bad samples."""
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 CHECK_SIZE = 64
 """Shorter side in pixels at which an image is decoded only to see whether it can be: a reduced JPEG takes less time."""
@@ -53,7 +55,7 @@ def _encode(row: Row, encoding: Encoding) -> dict[str, bytes] | str:
     members = {extension: data}
     if len(row.captions) == 1:
         members["txt"] = row.captions[0].encode()
-    else:
+    elif row.captions:
         members["json"] = json.dumps({"captions": row.captions}, ensure_ascii=False).encode()
     if row.cls is not None:
         members["cls"] = row.cls.encode()
@@ -65,7 +67,7 @@ def encode_image(data: bytes, encoding: Encoding) -> tuple[str, bytes]:
 
     Raises BadSample where it cannot be decoded to its end, or not be stored in the format asked for.
     """
-    image = open_image(data, encoding.max_pixels)
+    image = open_image(data, encoding.max_pixels, FORMATS if encoding.format == "KEEP" else (*FORMATS, *CONVERTED))
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more pictures behind its end
     width, height = oriented_size(image)
     shrink = min(width, height) / encoding.resize if encoding.resize else 0.0

@@ -86,12 +86,7 @@ def summary(manifest: Manifest) -> str:
             f"class does not"
         )
     if known["several_lines"]:
-        read = "one caption" if manifest.captions == WHOLE else "a caption for each line"
-        other = LINES if manifest.captions == WHOLE else WHOLE
-        lines.append(
-            f"{known['several_lines']:,} samples have a text of several lines, which is read as {read} "
-            f"(--captions {other} reads it otherwise)"
-        )
+        lines.append(several_lines_note(known["several_lines"], manifest.captions))
     if known["unread"]:
         names = ", ".join(f"{number:,} .{extension}" for extension, number in known["unread"].items())
         lines.append(
@@ -99,6 +94,12 @@ def summary(manifest: Manifest) -> str:
             f"files that have another dot in their name"
         )
     return "\n".join(lines)
+
+
+def several_lines_note(count: int, rule: str) -> str:
+    """That so many samples have a text whose captions depend on `rule`."""
+    read, other = ("one caption", LINES) if rule == WHOLE else ("a caption for each line", WHOLE)
+    return f"{count:,} samples have a text of several lines, read as {read} (--captions {other} reads it otherwise)"
 
 
 def bad_path(manifest: Path) -> Path:

@@ -50,6 +50,8 @@ class State:
     """Rows of the table that are packed or skipped for good."""
     shards: int = 0
     samples: int = 0
+    several_lines: int = 0
+    """Samples whose captions depend on how a text of several lines is read."""
     skipped: int = 0
     skipped_bytes: int = 0
     """Length of skipped.jsonl."""
@@ -69,8 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts or lists of texts; repeatable",
     )
     add("--key-column", default="", metavar="NAME", help="names of the samples (default: the row's number)")
-    add("--class-column", default="", metavar="NAME", help="whole numbers, written as cls")
-    add("--split", default="", metavar="NAME", help="split of a Hugging Face dataset")
+    add(
+        "--class-column",
+        default="",
+        metavar="NAME",
+        help="numbers or names, written as cls; `folder` is the one that an image is in. Captions are not needed then",
+    )
+    add("--split", default="", metavar="NAME", help="split of a dataset: a folder, files, or a column called split")
+    add("--image-root", type=Path, metavar="DIR", help="folder that images' paths start from (default: the table's)")
+    add(
+        "--delimiter",
+        default="",
+        metavar="CHARACTER",
+        help="of a text table (default: , tab ; or |, as found)",
+    )
+    indexing.add_caption_rule(parser)
     add(
         "--resize",
         type=positive,
@@ -99,9 +114,21 @@ def _percent(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The command. ValueError: bad input; OSError: the disk is full; KeyboardInterrupt: says what is kept."""
-    table = open_table(args.input, args.split)
+    if len(args.delimiter.replace("\\t", "\t")) > 1:
+        raise ValueError(f"--delimiter {args.delimiter!r}: give one character, or \\t for a tab")
+    delimiter = args.delimiter.replace("\\t", "\t")
+    table = open_table(args.input, args.split, delimiter=delimiter, caption_rule=args.captions)
     captions = [name.strip() for names in args.caption_column for name in names.split(",") if name.strip()]
-    columns = choose_columns(table, args.image_column, captions, args.key_column, args.class_column)
+    root = args.image_root.expanduser().absolute() if args.image_root else None
+    columns = choose_columns(
+        table,
+        args.image_column,
+        captions,
+        args.key_column,
+        args.class_column,
+        root=root,
+        caption_rule=args.captions,
+    )
     encoding = Encoding(args.resize, args.format.upper(), args.quality, args.max_pixels)
     out = args.out.expanduser().absolute()
     if table.recursive and out.resolve().is_relative_to(table.folder.resolve()):
@@ -156,6 +183,9 @@ def _options(table: Table, columns: Columns, encoding: Encoding, args: argparse.
         "--caption-column": ",".join(columns.captions),
         "--key-column": columns.key or "",
         "--class-column": columns.cls or "",
+        "--image-root": str(columns.root) if args.image_root else "",
+        "--delimiter": args.delimiter,
+        "--captions": args.captions,
         "--resize": encoding.resize,
         "--format": args.format,
         "--quality": encoding.quality,
@@ -202,7 +232,7 @@ def _shards(
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     results = run_parallel(functools.partial(encode_rows, encoding=encoding), chunks, args.workers)
     writer = ShardWriter(out, PREFIX, max_samples=args.shard_size, max_bytes=args.max_bytes, first=state.shards)
-    rows_done, samples, skipped = state.rows, state.samples, state.skipped
+    rows_done, samples, several_lines, skipped = state.rows, state.samples, state.several_lines, state.skipped
     with (
         contextlib.closing(results),
         (out / SKIPPED).open("ab") as causes,
@@ -215,7 +245,7 @@ def _shards(
         def reached(rows: int, complete: bool = False) -> State:
             causes.flush()
             shards = state.shards + len(writer.paths)
-            return State(state.options, rows, shards, samples, skipped, causes.tell(), complete)
+            return State(state.options, rows, shards, samples, several_lines, skipped, causes.tell(), complete)
 
         for chunk, encoded in results:
             for row, members in zip(chunk, encoded, strict=True):
@@ -228,6 +258,7 @@ def _shards(
                     if len(writer.paths) > begun:
                         yield reached(row.start)
                     samples += 1
+                    several_lines += row.several_lines
                 rows_done = row.stop
                 bar.update(row.stop - row.start)
             bar.set_postfix(samples=samples, skipped=skipped, refresh=False)
@@ -269,7 +300,14 @@ def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
         print(f"{out} is packed already")
     else:
         indexing.index(shards, manifest, args.workers)
+    known = load_manifest(manifest).statistics
     print(f"{state.samples:,} samples in {state.shards:,} shards: {manifest}")
+    if known["uncaptioned"]:
+        print(f"{known['uncaptioned']:,} have no caption: only evaluation by class can use them")
+    if known["duplicates"]["image"]:
+        print(f"{known['duplicates']['image']:,} have the same image as another one, each with captions of its own")
+    if state.several_lines:
+        print(indexing.several_lines_note(state.several_lines, args.captions))
     if state.skipped:
         print(f"{state.skipped:,} skipped, each with its cause in {listed}")
     return 0

@@ -7,28 +7,38 @@ import math
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.tables import Table
-from data_pipeline.samples.text import encodable
+from data_pipeline.commands.merging import Scattered
+from data_pipeline.commands.tables import SEVERAL_LINES, Table
+from data_pipeline.samples.text import LINES, WHOLE, encodable, lines_of
+from data_pipeline.storage.redaction import redact_urls
 
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+IMAGE_COLUMNS = (
+    *("image", "image_path", "image_file", "image_name", "img"),
+    *("filepath", "file_path", "file_name", "filename", "path"),
+)
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "comment", "sentence", "description")
+URL_COLUMNS = ("url", "image_url", "img_url", "link")
 LONGEST_KEY = 80
 """Characters of a key, so that a tar member's name fits its 100-byte field."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what."""
+    """Which column holds what, and how it is read."""
 
     image: str
     captions: tuple[str, ...]
     key: str | None
     cls: str | None
+    root: Path
+    """Folder that relative paths of images start from."""
+    caption_rule: str = WHOLE
+    """How a text of several lines is read: WHOLE or LINES."""
 
     @property
     def names(self) -> list[str]:
@@ -47,19 +57,34 @@ class Row:
     cls: str | None
     cause: str
     """Why it cannot be a sample; empty where it can."""
-
-    @property
-    def source(self) -> str:
-        return str(self.image) if isinstance(self.image, Path) else ""
+    several_lines: bool = False
+    """Whether its captions depend on how a text of several lines is read."""
 
 
-def choose_columns(table: Table, image: str, captions: Sequence[str], key: str, cls: str) -> Columns:
-    """The columns asked for, else the usual names. ValueError: no such column; it names the columns that exist."""
+def choose_columns(
+    table: Table,
+    image: str,
+    captions: Sequence[str],
+    key: str,
+    cls: str,
+    *,
+    root: Path | None = None,
+    caption_rule: str = WHOLE,
+) -> Columns:
+    """The columns asked for, else the usual names, in any case. ValueError: no such column; it names those there are.
+
+    Where there is a class, captions are not needed.
+    """
+    usual_names = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(table.columns)}
 
     def choose(flag: str, asked: str, usual: Sequence[str]) -> str:
         if asked and table.has(asked):
             return asked
-        found = [] if asked else [name for name in usual if name in table.columns]
+        found = [] if asked else [usual_names[name] for name in usual if name in usual_names]
+        if not found and flag == "--image-column" and not asked:
+            urls = [usual_names[name] for name in URL_COLUMNS if name in usual_names]
+            if urls:
+                raise ValueError(_fetch_first(table, urls[0], usual_names))
         if not found:
             lacking = (
                 f"there is no column {asked!r}" if asked else f"none of the columns is called {' or '.join(usual)}"
@@ -67,32 +92,74 @@ def choose_columns(table: Table, image: str, captions: Sequence[str], key: str, 
             raise ValueError(f"{flag}: {lacking} in {table.folder}; the columns are: {', '.join(table.columns)}")
         return found[0]
 
+    is_described = bool(captions) or not cls or any(name in usual_names for name in CAPTION_COLUMNS)
     return Columns(
         image=choose("--image-column", image, IMAGE_COLUMNS),
-        captions=tuple(choose("--caption-column", name, CAPTION_COLUMNS) for name in captions or [""]),
+        captions=tuple(choose("--caption-column", name, CAPTION_COLUMNS) for name in captions or [""] * is_described),
         key=choose("--key-column", key, ()) if key else table.key,
         cls=choose("--class-column", cls, ()) if cls else None,
+        root=root or table.folder,
+        caption_rule=caption_rule,
+    )
+
+
+def _fetch_first(table: Table, url: str, usual_names: Mapping[str, str]) -> str:
+    file = table.files[0]
+    caption = next((usual_names[name] for name in CAPTION_COLUMNS if name in usual_names), "caption")
+    form = "json" if file.suffix == ".json" else file.suffix.lstrip(".")
+    return (
+        f"INPUT: {file} holds urls of images (column {url!r}), and pack reads local files: fetch them first, with: pip "
+        f"install img2dataset; img2dataset --url_list {file} --input_format {form} --url_col {url!r} --caption_col "
+        f"{caption!r} --output_format webdataset --output_folder SHARDS; then: python -m data_pipeline index SHARDS"
     )
 
 
 def read_rows(table: Table, columns: Columns, start: int = 0) -> Iterator[Row]:
-    """The rows of `table` from record `start` on; consecutive records of the same image and key become one row.
+    """The rows of `table` from record `start` on; all records of the same image, class and key become one row, where
+    the first of them is. Of images that are embedded, only neighbouring records are compared.
 
     `start` must be 0 or the `stop` of a row read before. A row whose key came earlier gets that as its cause.
     """
     seen = set(_keys_before(table, columns, start))
+    with Scattered(lambda: _identified(table, columns)) as scattered:
+        for row in _neighbours_joined(table, columns, start):
+            texts = scattered.texts(_identity(row, columns), row.start)
+            if texts is not None:  # None: it is part of an earlier row
+                captions = tuple(dict.fromkeys([*row.captions, *texts]))
+                yield _checked(replace(row, captions=captions), columns, seen)
+
+
+def _identified(table: Table, columns: Columns) -> Iterator[tuple[int, bytes | None, tuple[str, ...]]]:
+    """Of each record: its number, what tells its sample from others (None: nothing does), its captions."""
+    if table.key is None:
+        for number, (record, cause) in enumerate(table.read(0, columns.names)):
+            if isinstance(record.get(columns.image), bytes | dict):
+                return  # embedded images would have to be read all
+            row = _row(table, columns, number, record, cause)
+            yield number, _identity(row, columns), row.captions
+
+
+def _identity(row: Row, columns: Columns) -> bytes | None:
+    if row.cause or not isinstance(row.image, Path):
+        return None
+    parts = (os.path.normpath(row.image), row.cls or "", row.key if columns.key else "")
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _neighbours_joined(table: Table, columns: Columns, start: int) -> Iterator[Row]:
     pending: Row | None = None
     for number, (record, cause) in enumerate(table.read(start, columns.names), start):
         row = _row(table, columns, number, record, cause)
         if pending and _same_sample(pending, row, columns):
             captions = tuple(dict.fromkeys(pending.captions + row.captions))
-            pending = replace(pending, stop=row.stop, captions=captions)
+            several = pending.several_lines or row.several_lines
+            pending = replace(pending, stop=row.stop, captions=captions, several_lines=several)
             continue
         if pending:
-            yield _checked(pending, columns, seen)
+            yield pending
         pending = row
     if pending:
-        yield _checked(pending, columns, seen)
+        yield pending
 
 
 def _keys_before(table: Table, columns: Columns, start: int) -> Iterator[str]:
@@ -113,7 +180,7 @@ def _checked(row: Row, columns: Columns, seen: set[str]) -> Row:
         if row.key in seen:
             cause = cause or f"the key {row.key!r} is there more than once in column {columns.key!r}"
         seen.add(row.key)
-    if not row.captions:
+    if not row.captions and row.cls is None:
         cause = cause or f"no caption in {', '.join(columns.captions)}"
     return replace(row, cause=cause)
 
@@ -122,15 +189,18 @@ def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], ca
     image: Path | bytes | None = None
     captions: tuple[str, ...] = ()
     cls: str | None = None
+    several_lines = False
     try:
         # Whatever else is wrong with the record, the list of skipped ones should say which image it was.
-        image = _image(record.get(columns.image), table.folder)
-        captions = tuple(dict.fromkeys(text for name in columns.captions for text in _texts(record.get(name))))
+        image = _image(record.get(columns.image), columns.root)
+        values = [record.get(name) for name in columns.captions]
+        captions = tuple(dict.fromkeys(text for value in values for text in _texts(value, columns.caption_rule)))
+        several_lines = record.get(SEVERAL_LINES, any(isinstance(v, str) and len(lines_of(v)) > 1 for v in values))
         cls = _class(record.get(columns.cls), columns.cls) if columns.cls else None
     except ValueError as error:
         cause = cause or str(error)
     key = _key(record.get(columns.key) if columns.key else None, number)
-    return Row(number, number + 1, key, image, captions, cls, cause)
+    return Row(number, number + 1, key, image, captions, cls, cause, several_lines)
 
 
 def _image(value: Any, folder: Path) -> Path | bytes:
@@ -142,21 +212,21 @@ def _image(value: Any, folder: Path) -> Path | bytes:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("no image")
     if "://" in value:
-        raise ValueError(f"the image is a url ({value}); pack reads local files")
+        raise ValueError(f"the image is a url ({redact_urls(value)}): fetch it first, with img2dataset")
     path = folder / value
     # White space around a cell's path is usually no part of it, but a file's name may well have some.
     return path if value == value.strip() or os.path.exists(path) else folder / value.strip()  # noqa: PTH110
 
 
-def _texts(value: Any) -> list[str]:
-    """Captions of a cell: a text, a number, or a list of them."""
+def _texts(value: Any, caption_rule: str) -> list[str]:
+    """Captions of a cell: a text (or its lines), a number, or a list of them."""
     if _is_missing(value):
         return []
     if isinstance(value, list | tuple):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in _texts(item, WHOLE)]
     if isinstance(value, str | int | float):
-        text = encodable(str(value)).strip()
-        return [text] if text else []
+        lines = [line.strip() for line in lines_of(encodable(str(value)))]
+        return lines if caption_rule == LINES else [" ".join(lines)] * bool(lines)
     raise ValueError(f"the caption is a {type(value).__name__}, not a text")
 
 
@@ -166,11 +236,14 @@ def _is_missing(value: Any) -> bool:
 
 
 def _class(value: Any, column: str) -> str:
-    """WebDataset's `cls` is a whole number in decimal; pandas makes 3.0 of 3 where another cell is empty."""
-    match = re.fullmatch(r"([+-]?\d+)(\.0+)?", str(value).strip())
-    if match is None:
-        raise ValueError(f"the class {value!r} in column {column!r} is not a whole number")
-    return str(int(match[1]))
+    """A class is a whole number, of which pandas makes 3.0 where another cell is empty, or a name."""
+    name = " ".join(encodable(str(value)).split())
+    if _is_missing(value) or not name:
+        raise ValueError(f"no class in column {column!r}")
+    match = re.fullmatch(r"([+-]?\d+)(\.0+)?", name)
+    if match is None and re.fullmatch(r"[+-]?\d*\.\d+", name):
+        raise ValueError(f"the class {name} in column {column!r} is not a whole number")
+    return str(int(match[1])) if match else name
 
 
 def _key(value: Any, number: int) -> str:

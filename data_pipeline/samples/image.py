@@ -51,7 +51,7 @@ class BadSample(Exception):
         self.cause = cause
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image with its header read and its size checked, its pixels not yet decoded.
 
     The format is found by content, whatever the member is called. Raises BadSample.
@@ -59,7 +59,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow's own limit would come before the configured one
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=formats)
     except MemoryError:
         raise
     except Image.UnidentifiedImageError:

@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from data_pipeline.commands import pack
-from data_pipeline.commands.tables import PROBED
+from data_pipeline.commands.tables.base import PROBED
 from data_pipeline.storage.files import files_below
 from tests.support.pack_inputs import run_pack, samples, skipped, write_pictures, write_table
 from tests.support.pictures import tiny_image
@@ -125,7 +125,7 @@ def test_keys_and_classes_of_empty_cells(tmp_path):
         "000000004": b"3",
     }
     assert causes == {
-        "a": "the class nan in column 'label' is not a whole number",
+        "a": "no class in column 'label'",
         "b": "the class 2.5 in column 'label' is not a whole number",
     }
 

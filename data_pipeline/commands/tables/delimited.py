@@ -1,0 +1,108 @@
+"""Tables of text with a header row: CSV, TSV, and others by their delimiter."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_pipeline.commands.tables.base import Record, Table
+
+DELIMITERS = (",", "\t", ";", "|")
+LONGEST = 1000
+"""Most lines of a field between quotes."""
+
+
+class DelimitedTable(Table):
+    """Comma-, tab-, semicolon- or pipe-separated values with a header row, UTF-8.
+
+    A field that begins with a quote ends with one, each quote inside is written as "", and line ends inside are part
+    of it. Without commas or semicolons to protect, as in TSV, a quote is a letter unless it opens and closes the field.
+    """
+
+    def __init__(self, path: Path, delimiter: str = "") -> None:
+        super().__init__([path], path.parent)
+        # Captions may be longer than the csv module's default of 128 KiB.
+        csv.field_size_limit(2**31 - 1)
+        self._width = 0
+        self.delimiter = delimiter or self._guess(path)
+        header, cause = next(self._lines(), ([], ""))
+        self.columns = [name.strip() for name in header]
+        repeated = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if not self.columns or cause:
+            raise ValueError(
+                f"INPUT: {path} is empty or unreadable; its first row must name the columns {cause}".strip()
+            )
+        if repeated:
+            raise ValueError(f"INPUT: {path} names the column {repeated[0]!r} more than once")
+        self._width = len(self.columns)
+
+    def _guess(self, path: Path) -> str:
+        """The delimiter of which the header has most; a .tsv has tabs."""
+        if path.suffix.lower() == ".tsv":
+            return "\t"
+        header = next((line for line in self._physical() if line.strip()), "")
+        return max(DELIMITERS, key=header.count)
+
+    def _physical(self) -> Iterator[str]:
+        try:
+            with self.files[0].open(encoding="utf-8-sig", newline="") as file:
+                yield from file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"INPUT: {self.files[0]} cannot be read as UTF-8 CSV: {error}") from None
+
+    def _lines(self) -> Iterator[tuple[list[str], str]]:
+        """Each row that is not blank: its fields, and the cause why they cannot be told; the header first."""
+        lines = self._physical()
+        ahead: list[str] = []
+        number = 0
+        while True:
+            line = ahead.pop(0) if ahead else next(lines, None)
+            if line is None:
+                return
+            number += 1
+            if not line.strip("\r\n"):
+                continue
+            if '"' not in line:
+                yield line.rstrip("\r\n").split(self.delimiter), ""
+                continue
+            fields, used = self._quoted(line, lines, ahead)
+            if fields is not None:
+                del ahead[:used]
+                yield fields, ""
+            elif self.delimiter in "\t|":
+                yield line.rstrip("\r\n").split(self.delimiter), ""
+            else:
+                yield [], f'line {number} has an unbalanced quote: write each quote of a text as "", between quotes'
+            number += used
+
+    def _quoted(self, line: str, lines: Iterator[str], ahead: list[str]) -> tuple[list[str] | None, int]:
+        """The fields of a row that begins with `line`, where its quotes open and close, and how many of the lines
+        `ahead`, which `lines` fill, belong to it."""
+        used, row = 0, line
+        while used < LONGEST:
+            if not used or '"' in ahead[used - 1]:
+                try:
+                    return next(csv.reader([row], delimiter=self.delimiter, strict=True)), used
+                except csv.Error as error:
+                    # Anything but an open quote at the end stays wrong whatever follows.
+                    if "end of data" not in str(error):
+                        return None, 0
+            if used == len(ahead):
+                if (following := next(lines, None)) is None:
+                    return None, 0
+                ahead.append(following)
+            if self.delimiter in "\t|" and ahead[used].count(self.delimiter) + 1 == self._width:
+                return None, 0  # a row of its own: the quote before it was a letter
+            row += ahead[used]
+            used += 1
+        return None, 0
+
+    def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
+        width = len(self.columns)
+        for line, cause in itertools.islice(self._lines(), start + 1, None):
+            # A caption with an unquoted comma would lose its end, so such a row is not guessed at.
+            if not cause and len(line) != width:
+                cause = f"the row has {len(line)} fields, the header {width}"
+            yield dict(zip(self.columns, line, strict=False)), cause
