@@ -27,6 +27,7 @@ from launch.memory import GB
 from train import distributed
 from train.checks import check, check_data
 from train.config import RunConfig
+from train.evaluation.overlap import warnings
 from train.evaluation.suite import Suite
 from train.model.image import ImageTower
 from train.model.text import TextTower
@@ -71,8 +72,7 @@ def data(config: RunConfig) -> list[Finding]:
         return [warn("data", "no --data.train given", "give the run's config to check its data")]
     if config.data.mode == "stream":
         return [_stream(config)]
-    sources = [config.data.train] if isinstance(config.data.train, str) else [s.data for s in config.data.train]
-    manifests = [load_manifest(source) for source in sources]
+    manifests = _training_sets(config)
     count, decoding, fetching, size, bad = _read_ends(manifests, config, DECODE_SECONDS)
     workers = max(1, config.data.workers)
     rate = count / decoding * workers
@@ -102,7 +102,15 @@ def held_out(config: RunConfig) -> list[Finding]:
     manifests = {task.manifest.path: task.manifest for task in tasks.values()}
     _read_ends(list(manifests.values()), config, 0.0)
     sets = [f"{one.nsamples} samples in {len(one.shards)} shards" for one in manifests.values()]
-    return [ok("held-out data", f"{', '.join(sets)}, for {', '.join(tasks)}")]
+    text = f"{', '.join(sets)}, for {', '.join(tasks)}"
+    if config.data.mode == "indexed" and config.data.train and (shared := warnings(_training_sets(config), tasks)):
+        return [warn("held-out data", f"{text}; {shared[0]}", "index the training data without them")]
+    return [ok("held-out data", text)]
+
+
+def _training_sets(config: RunConfig) -> list[Manifest]:
+    sources = [config.data.train] if isinstance(config.data.train, str) else [s.data for s in config.data.train]
+    return [load_manifest(source) for source in sources]
 
 
 def _stream(config: RunConfig) -> Finding:

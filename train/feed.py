@@ -9,7 +9,7 @@ from data_pipeline.config import Source
 from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
 from data_pipeline.order import build_order
 from data_pipeline.statistics import normalization
-from data_pipeline.storage.manifest import load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
 from train.config import RunConfig
@@ -29,6 +29,7 @@ class Feed:
         data, batch = config.data, config.train.global_batch
         if data.mode == "stream":
             assert config.train.steps, "train.checks refuses a stream without a number of steps"
+            self.manifests: list[Manifest] = []
             self.steps, self.identity = config.train.steps, f"stream {data.train}"
             self.mean, self.std = normalization(data.normalize)
             return

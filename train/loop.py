@@ -22,7 +22,7 @@ from train.engine.build import engine_of_run
 from train.engine.ema import WeightAverage
 from train.engine.optim import set_lrs
 from train.engine.start import start
-from train.evaluation import find_task
+from train.evaluation import find_task, overlap
 from train.evaluation.best import Best
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
@@ -228,6 +228,9 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"resumes from {found}")
+    elif distributed.is_main():
+        for line in overlap.warnings(feed.manifests, suite.tasks):
+            tracker.message(line)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
     parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, best, tracker, stop)
     return Run(config, directory, *parts)

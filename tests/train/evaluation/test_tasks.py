@@ -49,6 +49,7 @@ def test_an_own_evaluation_runs_in_training_and_by_hand(tmp_path, monkeypatch, c
     by_hand = ["--run", str(running.run_dir(config)), "--json", "--task"]
     assert evaluate.main([*by_hand, "spelling"]) == 0
     named = json.loads(capfd.readouterr().out)
+    assert named.pop("precision") == "fp32"
     assert {"task": "spelling", "run": str(running.run_dir(config)), **results["tasks"]["spelling"]["metrics"]} == named
     assert evaluate.main([*by_hand, "letters", "--fit", "d"]) == 0
     assert json.loads(capfd.readouterr().out)["letters"] != named["letters"]

@@ -1,0 +1,30 @@
+"""Held-out images that are training images, too."""
+
+from data_pipeline.storage.manifest import load_manifest
+from tests.support.small import picture, write_data
+from train.config import EvalTask
+from train.evaluation import build_task
+from train.evaluation.overlap import overlap, warnings
+
+
+def shifted(number: int) -> bytes:
+    return picture(number + 7)
+
+
+def test_images_are_found_whatever_their_key_and_shard(tmp_path):
+    train = [load_manifest(write_data(tmp_path / "a", (6, 4))), load_manifest(write_data(tmp_path / "b", (3,)))]
+    held_out = load_manifest(write_data(tmp_path / "val", (5,), draw=shifted))  # pictures 7 to 11, keys 0 to 4
+    assert overlap(train, held_out) == 3, "7, 8 and 9 are in the first set"
+    assert overlap(train[1:], held_out) == 0, "equal keys alone are no overlap"
+    assert overlap(train, train[1]) == 3, "a shard of both"
+
+
+def test_an_overlap_is_a_line_for_each_evaluation(tmp_path):
+    train = [load_manifest(write_data(tmp_path / "a", (6, 4)))]
+    write_data(tmp_path / "val", (5,), draw=shifted)
+    tasks = {name: build_task(EvalTask(data=str(tmp_path / "val"))) for name in ("val", "again")}
+    lines = warnings(train, tasks)
+    assert [line.partition(" are training")[0] for line in lines] == [
+        f"warning: 3 of the 5 images of {name}" for name in tasks
+    ]
+    assert warnings([], tasks) == []

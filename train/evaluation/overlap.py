@@ -1,0 +1,73 @@
+"""Held-out images that are also among the training images, found before a run starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from data_pipeline.samples.image import IMAGE_EXTENSIONS
+from data_pipeline.storage.manifest import Manifest, is_remote
+from data_pipeline.storage.tar_index import Entry, read_index
+from train.evaluation.task import Task
+
+MOST_SAMPLES = 2_000_000
+"""Larger training sets are not looked at."""
+MOST_READ = 10_000
+"""Training images that are read at most; what more there may be is not counted."""
+
+
+def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
+    """How many held-out images are in the training data, byte for byte; at least, where the data are large.
+
+    Images of the same size in bytes are compared by a hash, those with the same key first. Remote shards are not
+    fetched for it: only those that are a file of both sets are seen.
+    """
+    same = {shard.sha256 for manifest in train for shard in manifest.shards}
+    found = sum(shard.nsamples for shard in held_out.shards if shard.sha256 in same)
+    if sum(manifest.nsamples for manifest in train) > MOST_SAMPLES:
+        return found
+    by_size: dict[int, list[tuple[Path, Entry]]] = {}
+    for path, entry in _images(held_out, leave_out=same):
+        by_size.setdefault(_place(entry)[1], []).append((path, entry))
+    if not by_size:
+        return found
+    keys = {entry.key for alike in by_size.values() for _, entry in alike}
+    alike = [(path, entry) for manifest in train for path, entry in _images(manifest) if _place(entry)[1] in by_size]
+    alike.sort(key=lambda one: one[1].key not in keys)
+    hashes = {_hash(path, entry) for path, entry in alike[:MOST_READ]}
+    sizes = {_place(entry)[1] for _, entry in alike[:MOST_READ]}
+    return found + sum(_hash(path, entry) in hashes for size in sizes for path, entry in by_size[size])
+
+
+def warnings(train: Sequence[Manifest], tasks: Mapping[str, Task]) -> list[str]:
+    """One line for every evaluation whose data are in part among the training data."""
+    sets = {task.manifest.path: task.manifest for task in tasks.values()}
+    counts = {path: overlap(train, held_out) for path, held_out in sets.items()}
+    return [
+        f"warning: {counts[task.manifest.path]} of the {task.manifest.nsamples} images of {name} are training images, "
+        "too: its numbers will look better than they are"
+        for name, task in tasks.items()
+        if counts[task.manifest.path]
+    ]
+
+
+def _images(manifest: Manifest, leave_out: Container[str] = ()) -> Iterator[tuple[Path, Entry]]:
+    """Samples with an image of the local shards."""
+    for shard in manifest.shards:
+        if shard.sha256 not in leave_out and not is_remote(shard.url):
+            for entry in read_index(shard.url):
+                if any(extension in entry.members for extension in IMAGE_EXTENSIONS):
+                    yield Path(shard.url), entry
+
+
+def _place(entry: Entry) -> tuple[int, int]:
+    """Offset and size of the image, in bytes."""
+    return next(entry.members[extension] for extension in IMAGE_EXTENSIONS if extension in entry.members)
+
+
+def _hash(path: Path, entry: Entry) -> bytes:
+    offset, size = _place(entry)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return hashlib.blake2b(file.read(size), digest_size=16).digest()
