@@ -124,6 +124,11 @@ def check_data(config: RunConfig) -> None:
         raise ValueError("data.train: stream mode reads one pattern of shards, not a list of sources")
     if data.mode == "stream" and not config.train.steps:
         raise ValueError("train.steps 0: stream mode has no manifest that counts an epoch, so give train.steps")
+    if "://" in config.runs_dir:
+        raise ValueError(
+            f"runs_dir {config.runs_dir}: runs are written to a local or mounted directory, such as runs; copy them "
+            f"elsewhere afterwards"
+        )
     train_transform(data)
     eval_transform(data)
     check_captions(data.caption)

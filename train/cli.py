@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from data_pipeline.config import Source
 from data_pipeline.config_file import instantiate, read_fields
+from data_pipeline.storage.redaction import redact_urls
 from train.config import RunConfig
 
-EPILOG = "precedence: fields on the command line override --config, which overrides the defaults"
+EPILOG = (
+    "precedence: fields on the command line override --config, wherever it is, which overrides the defaults; "
+    "of several --config a later one overrides the one before"
+)
 
 
 class ConfigFile(ActionConfigFile):
@@ -46,13 +53,37 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     """
     parser = make_parser()
     try:
-        config = _instantiate(parser, parser.parse_args(argv))
+        config = _expanded(
+            _instantiate(parser, parser.parse_args(_files_first(sys.argv[1:] if argv is None else argv)))
+        )
     except SystemExit:  # --help and --print_config end here
         raise
     except Exception as error:
         raise ValueError(_explain(str(error))) from error
     _check_values(config)
     return config
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with every --config before all fields: jsonargparse lets the later one of two win."""
+    files: list[str] = []
+    rest: list[str] = []
+    remaining = iter(argv)
+    for argument in remaining:
+        if argument == "--config":
+            files += [argument, *itertools.islice(remaining, 1)]
+        else:
+            (files if argument.startswith("--config=") else rest).append(argument)
+    return files + rest
+
+
+def _expanded(value: Any) -> Any:
+    """The configuration with the home directory for the ~ that a path begins with."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _expanded(getattr(value, item.name)) for item in fields(value)})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_expanded(item) for item in value)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value  # noqa: PTH111
 
 
 def load(path: str | Path) -> RunConfig:
@@ -85,8 +116,9 @@ def with_flags(message: str, options: Iterable[str] = ()) -> str:
 
     A field such as optim.lr becomes --optim.lr wherever it is. An argument such as `global_batch`, which is
     the last part of one field alone, or one of a command's own `options`, becomes a flag where the message starts with
-    it or has it in backticks. Other words are left as they are.
+    it or has it in backticks. Other words are left as they are, but for passwords and signatures in urls.
     """
+    message = redact_urls(message)
     names = list(flatten(RunConfig()))
     leaves = Counter(name.rpartition(".")[2] for name in names)
     # Without an underscore it may be a word of the sentence.

@@ -244,7 +244,9 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
             stamp: list[Any] = [stat.st_size, stat.st_mtime_ns]
             return None if stamp == earlier else _measured(url, url, stamp, caption_rule)
         system, remote = filesystem(url)
-        info = system.info(remote)
+        info: dict[str, Any] = {}
+        if fault := attempt(lambda: info.update(system.info(remote)) or ""):
+            return f"{url}: cannot be read: {fault}"
         stamp = [info.get("size"), *(str(info[name]) for name in REMOTE_VERSIONS if name in info)]
         if stamp == earlier:
             return None

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.storage.files import write_atomically
-from data_pipeline.storage.remote import filesystem, is_remote
+from data_pipeline.storage.redaction import address
+from data_pipeline.storage.remote import expand, filesystem, is_remote
 
 FILE_NAME = "manifest.json"
 KIND = "wids-shard-index-v1"
@@ -65,11 +66,14 @@ class Manifest:
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Load a manifest from a file, or from the directory that holds manifest.json; local or remote.
 
+    A tar, or a pattern of tars, stands for the manifest beside it, where that lists exactly these.
     Raises ValueError naming `path` where there is none, or where it is not one.
     """
     url = os.fspath(path)
+    if address(url).endswith(".tar"):
+        return _beside(url)
     if is_remote(url):
-        if not url.endswith(".json"):
+        if not address(url).endswith(".json"):
             url = f"{url.rstrip('/')}/{FILE_NAME}"
     else:
         local = Path(url).expanduser().absolute()
@@ -80,6 +84,19 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     except ValueError as error:
         raise ValueError(f"{url} is not a manifest ({error}); {_remedy(url)}") from error
     return _parse(content, url)
+
+
+def _beside(pattern: str) -> Manifest:
+    """The manifest in the folder of the tars that a pattern stands for."""
+    urls = expand([pattern])
+    manifest = load_manifest(address(urls[0]).rpartition("/")[0])
+    listed = {address(shard.url) for shard in manifest.shards}
+    if {address(url) for url in urls} != listed:
+        raise ValueError(
+            f"{pattern} is {len(urls)} tars, and the manifest beside, {manifest.path}, has {len(listed)}: give the "
+            f"manifest, or one of these alone, made with: python -m data_pipeline index {pattern!r} --out NAME.json"
+        )
+    return manifest
 
 
 def write_manifest(
@@ -125,7 +142,7 @@ def _read(url: str) -> bytes:
     except ValueError:
         raise
     except FileNotFoundError as error:
-        command = f"python -m data_pipeline index {url.rpartition('/')[0]}"
+        command = f"python -m data_pipeline index {address(url).rpartition('/')[0]}"
         raise ValueError(f"there is no manifest at {url}; make it with: {command}") from error
     except Exception as error:  # Each remote backend has exceptions of its own.
         raise ValueError(f"the manifest {url} could not be read: {type(error).__name__}: {error}") from error
@@ -146,14 +163,14 @@ def _resolve(url: str, manifest: str) -> str:
     """The shard address that a manifest states, as an absolute path or a remote url."""
     if is_remote(url):
         return url
-    base = manifest.rpartition("/")[0]
+    base = address(manifest).rpartition("/")[0]
     if is_remote(manifest):
         return f"{base}/{url.removeprefix('./')}"
     return os.path.normpath(Path(base) / url)
 
 
 def _remedy(url: str) -> str:
-    return f"make it again with: python -m data_pipeline index {url.rpartition('/')[0]}"
+    return f"make it again with: python -m data_pipeline index {address(url).rpartition('/')[0]}"
 
 
 def _parse(content: Any, url: str) -> Manifest:

@@ -71,10 +71,11 @@ def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) 
             time.sleep(backoff * 2 ** (number - 1))
         try:
             fault = action()
-        except FileNotFoundError as error:
-            return f"it does not exist ({error})"
         except Exception as error:  # Each backend has exceptions of its own.
             fault = f"{type(error).__name__}: {error}"
+            # fsspec calls every answer of a web server but a file "not found", and keeps what it was as the cause.
+            if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) == 404:
+                return fault
         if not fault:
             break
     return fault

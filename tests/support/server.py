@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
-        path = self.server.directory / self.path.lstrip("/")
+        path = self.server.directory / self.path.partition("?")[0].lstrip("/")
         fault = self.server.faults.pop(0) if self.server.faults else ""
         if fault == "error" or not path.is_file():
             self.send_error(500 if fault else 404)

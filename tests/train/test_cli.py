@@ -34,6 +34,29 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     assert (config.optim.lr, config.optim.beta1, config.optim.beta2) == (0.5, 0.8, RunConfig().optim.beta2)
 
 
+def test_the_command_line_overrides_the_file_wherever_that_is_on_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("optim: {lr: 1e-4, beta1: 0.8, beta2: 0.7}\n")
+    (tmp_path / "b.yaml").write_text("optim: {beta1: 0.6}\n")
+    files = [f"--config={tmp_path / 'a.yaml'}", "--config", str(tmp_path / "b.yaml")]
+    flags = ["--optim.lr", "0.5", "--name", "x"]
+    for line in ([*files, *flags], [*flags, *files], [files[0], *flags, *files[1:]]):
+        config = cli.parse(line)
+        assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.name) == (0.5, 0.6, 0.7, "x")
+
+
+def test_the_home_directory_is_meant_by_its_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    sources = '[{"data": "~/a", "weight": 2}, {"data": "/b~c"}]'
+    config = cli.parse(["--runs_dir", "~/runs", "--data.train", sources, "--model.text.name", "~/bert"])
+    assert (config.runs_dir, config.model.text.name) == ("/home/me/runs", "/home/me/bert")
+    assert config.data.train == [Source("/home/me/a", 2.0), Source("/b~c")]
+
+
+def test_messages_hold_no_signature() -> None:
+    shown = cli.with_flags("data.val: https://me:word@host/m.json?X-Amz-Signature=5ec7e7 could not be read")
+    assert shown == "--data.val: https://***@host/m.json?*** could not be read"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

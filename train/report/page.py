@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.storage.files import write_atomically
 from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.redaction import redact_urls
 from train import cli
 from train.config import RunConfig
 from train.evaluation import find_task
@@ -103,7 +104,7 @@ def write_report(
 def config_facts(config: RunConfig) -> list[tuple[str, str]]:
     """What a reader wants to know of the configuration, in words."""
     flat = cli.flatten(config)
-    return [(label, str(flat[name])) for label, name in CHOSEN]
+    return [(label, redact_urls(str(flat[name]))) for label, name in CHOSEN]
 
 
 def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,10 @@
 """index: what other tools write and people bring is read as it is meant, and what is not is said."""
 
+import functools
 import gzip
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ import pytest
 from data_pipeline.__main__ import main
 from data_pipeline.samples.text import CAPTIONS, captions
 from data_pipeline.storage.manifest import load_manifest
+from data_pipeline.storage.remote import expand
 from data_pipeline.storage.shards import ShardReader
 from tests.support.pictures import tiny_image
+from tests.support.server import serve
 from tests.support.tars import write_tar
 
 LINES = [f"caption {number}" for number in range(5)]
@@ -129,3 +134,51 @@ def test_causes_are_grouped_and_every_bad_sample_is_listed(tmp_path, capsys):
     causes = load_manifest(tmp_path).statistics["bad"]["causes"]
     assert list(causes.values()) == [40]
     assert len((tmp_path / "manifest.bad.jsonl").read_text().splitlines()) == 40
+
+
+SIGNATURE = "X-Amz-Signature=" + "5ec7e7" * 60
+"""Longer than a file's name may be."""
+
+
+def test_a_signed_address_is_indexed_and_shown_nowhere(tmp_path, capsys):
+    tar = write_tar(
+        tmp_path / "a.tar", [("a.png", tiny_image(1)), ("a.txt", b"text"), ("b.png", b"bad"), ("b.txt", b"")]
+    )
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:700])
+    with serve(tmp_path) as server:
+        urls = [f"{server.url}/{name}.tar?{SIGNATURE}" for name in ("a", "cut", "gone")]
+        assert index(*urls, "--out", tmp_path / "x.json") == 2
+        error = capsys.readouterr().err
+        assert "cut.tar?***" in error and "gone.tar?***" in error and "5ec7e7" not in error
+        assert index(*urls, "--out", tmp_path / "x.json", "--leave-out-unusable") == 0
+        assert "5ec7e7" not in capsys.readouterr().out
+    manifest = load_manifest(tmp_path / "x.json")
+    assert [shard.url for shard in manifest.shards] == urls[:1], "where it is read from"
+    assert "5ec7e7" not in json.dumps(manifest.statistics)
+    assert "5ec7e7" not in (tmp_path / "x.bad.jsonl").read_text()
+
+
+def test_indexing_tries_again_as_training_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_tar(tmp_path / "a.tar", [("a.png", tiny_image(1)), ("a.txt", b"text")])
+    with serve(tmp_path) as server:
+        server.faults = ["error", "cut"]
+        assert index(f"{server.url}/a.tar", "--out", tmp_path / "x.json") == 0
+    assert load_manifest(tmp_path / "x.json").nsamples == 1
+
+
+def test_a_remote_directory_stands_for_its_tars(tmp_path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", tiny_image(1)), (f"{name}.txt", b"text")])
+    (tmp_path / "notes.txt").write_text("no tar")
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert expand([url]) == [f"{url}a.tar", f"{url}b.tar"]
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass

@@ -240,3 +240,23 @@ def test_addresses():
     for url in ("pipe:x", "ftp://h/a", "file:///a", "http:/h/a", "s3:b", "http://h/a::b", "PIPE:cat x"):
         with pytest.raises(ValueError):
             is_remote(url)
+
+
+def test_a_tar_or_pattern_stands_for_the_manifest_beside_it(tiny_shards):
+    directory = tiny_shards((5, 4))
+    for pattern in ("train-{000000..000001}.tar", "*.tar"):
+        assert load_manifest(directory / pattern) == load_manifest(directory)
+    one = tiny_shards((5,), name="one")
+    assert load_manifest(one / "train-000000.tar") == load_manifest(one)
+    with pytest.raises(ValueError, match=r"is 1 tars, and the manifest beside, .* has 2"):
+        load_manifest(directory / "train-000000.tar")
+    (one / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="there is no manifest at"):
+        load_manifest(one / "train-000000.tar")
+
+
+def test_a_signed_address_is_read_and_its_shards_are_beside_it(tiny_shards):
+    directory = tiny_shards((5,))
+    with serve(directory) as server:
+        manifest = load_manifest(f"{server.url}/manifest.json?X-Amz-Signature=a/b")
+        assert [shard.url for shard in manifest.shards] == [f"{server.url}/train-000000.tar"]
