@@ -188,7 +188,7 @@ def test_maps_of_every_layout_are_read_as_positions(name, tmp_path):
     assert model.channels_last == (name == "test_mambaout")
     levels, _ = tapped(model, image_taps(model, config.model.multiscale, name), pixels())
     channels = [model.backbone.feature_info[stage]["num_chs"] for stage in (1, 2, 3)]
-    assert [x_BNC.shape[2] for x_BNC in levels] == channels
+    assert [x_BNC.shape[2] for x_BNC in levels.values()] == channels
 
 
 def test_models_of_a_fixed_size_are_built_for_the_images(tmp_path):
