@@ -23,7 +23,8 @@ COMMANDS = {
     "verify": ("data_pipeline.commands.verify", "check every shard of a manifest against its sha256"),
     "inspect": ("data_pipeline.commands.inspect", "show counts, sizes, caption lengths, and a sheet of samples"),
 }
-"""Subcommand -> module with add_arguments(parser) and run(args) -> exit code, imported when asked for; its help."""
+"""Subcommand -> module with HELP (shown below its flags), add_arguments(parser) and run(args) -> exit code, imported
+when asked for; what it does in a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
             if arguments[:1] == [name]:
                 command = importlib.import_module(module)
+                subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+                subparser.epilog = command.HELP
                 command.add_arguments(subparser)
         parsed = parser.parse_args(arguments)
         assert command is not None, "argparse lets nothing through but the names of subcommands"

@@ -45,7 +45,7 @@ def _encode(row: Row, encoding: Encoding) -> dict[str, bytes] | str:
     try:
         data = row.image if isinstance(row.image, bytes) else read_file(row.image)
     except OSError as error:
-        return f"the image cannot be read: {error.strerror or error}"
+        return f"the image cannot be read: {error.strerror or error} ({row.image!s})"
     except ValueError as error:  # no path at all: it has a NUL, or half of a surrogate pair
         return f"the image cannot be read: {error}"
     try:

@@ -34,6 +34,19 @@ REMOTE_VERSIONS = ("ETag", "etag", "LastModified", "updated", "mtime")
 """What remote stores call the thing that changes with a file's content."""
 
 
+HELP = """\
+A shard is a tar. Files in it that share a name up to its first dot are one sample: one image (jpg, jpeg, png, webp),
+its captions (a txt, or a json with `caption` or a list `captions`) and, for evaluation by class, its class (a cls: a
+number or a name). So write img2dataset and webdataset, and CLIP_benchmark, whose retrieval sets want --captions lines.
+
+examples:
+  python -m data_pipeline index data/train
+  python -m data_pipeline index 'data/{00000..00127}.tar'
+  python -m data_pipeline index s3://bucket/train/ --out train.json
+  python -m data_pipeline index 'https://host/{000..127}.tar' --out train.json
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "shards",

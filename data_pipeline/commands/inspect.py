@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.commands.parallel import positive
 from data_pipeline.config import DataConfig
 from data_pipeline.samples.image import BadSample, decode_image
-from data_pipeline.samples.text import check_captions, pick_caption, split
+from data_pipeline.samples.text import CAPTIONS, LINES, WHOLE, check_captions, pick_caption, split
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.shards import ShardReader
 
@@ -37,8 +38,19 @@ DISTRIBUTIONS = {
 }
 SHARES = ("min", "p5", "median", "p95", "max", "mean")
 
+READ = {WHOLE: "one caption", LINES: "a caption for each line"}
+COUNTED = {"uncaptioned": "samples have no caption", "several_lines": "samples have such a text"}
+
 Cell = tuple[Image.Image | None, str]
 """A picture and what is written under it; None: a sample that cannot be used, and why."""
+
+
+HELP = """\
+examples:
+  python -m data_pipeline inspect data/train
+  python -m data_pipeline inspect data/train --out sheet.png
+  python -m data_pipeline inspect data/train --out sheet.png --augmented --config train/configs/seed.yaml
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +113,9 @@ def describe(manifest: Manifest) -> str:
     bad, classes, repeats = known["bad"], known["classes"], known["duplicates"]
     lines.append(f"bad        {bad['count']:,}")
     lines += [f"           {number:,}: {cause}" for cause, number in bad["causes"].items()]
+    lines.append(f"captions   a text of several lines is read as {READ[manifest.captions]}")
+    lines += [f"           {known[name]:,} {what}" for name, what in COUNTED.items() if known.get(name)]
+    lines += [f"left out   {redact_urls(shard['cause'])}" for shard in known.get("left_out", ())]
     lines.append(f"repeated   {repeats['image']:,} images, {repeats['caption']:,} captions")
     if classes["count"]:
         lines.append(f"classes    {classes['count']:,}, of {classes['samples']:,} samples")
@@ -140,7 +155,7 @@ def _spaced(manifest: Manifest, config: DataConfig, count: int) -> list[dict[str
         start += shard.nsamples
         if inside:
             reader = ShardReader(store.local(shard), shard)
-            samples += [reader.raw(position) for position in inside]
+            samples += [reader.raw(position) | {CAPTIONS: manifest.captions} for position in inside]
             reader.close()
     return samples
 
@@ -148,12 +163,13 @@ def _spaced(manifest: Manifest, config: DataConfig, count: int) -> list[dict[str
 def _plain_cells(config: DataConfig) -> Callable[[int, dict[str, Any]], list[Cell]]:
     def cells(number: int, raw: dict[str, Any]) -> list[Cell]:
         try:
-            data, captions, label = split(raw)
+            data, captions, label = split(raw, needs_caption=False)
             image = decode_image(data, max_pixels=config.max_pixels, background=config.background, target=CELL)
         except BadSample as error:
             return [(None, f"{raw['__key__']}: {error.cause}")]
         more = f" (+{len(captions) - 1})" if len(captions) > 1 else ""
-        return [(image, f"{f'[{label}] ' if label is not None else ''}{captions[0]}{more}")]
+        text = f"{captions[0]}{more}" if captions else ""
+        return [(image, f"[{label}] {text}" if label is not None else text)]
 
     return cells
 
@@ -168,11 +184,10 @@ def _augmented_cells(config: DataConfig, seed: int) -> Callable[[int, dict[str, 
         row = plain(number, raw)
         for view in range(VIEWS if row[0][0] else 0):
             rng = random.Random(f"{seed}/{number}/{view}")
-            data, captions, _ = split(raw)
+            data, captions, _ = split(raw, needs_caption=False)
             seen_3HW = transform(data, rng)
-            row.append(
-                (Image.fromarray(seen_3HW.permute(1, 2, 0).numpy()), pick_caption(captions, config.caption, rng))
-            )
+            caption = pick_caption(captions, config.caption, rng) if captions else ""
+            row.append((Image.fromarray(seen_3HW.permute(1, 2, 0).numpy()), caption))
         return row + [(None, "")] * (VIEWS + 1 - len(row))
 
     return cells

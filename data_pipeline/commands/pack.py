@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data_pipeline.commands import index as indexing
 from data_pipeline.commands.encoding import EXTENSIONS, Encoding, encode_rows
 from data_pipeline.commands.parallel import cores, interrupts_held, positive, run_parallel
-from data_pipeline.commands.rows import Columns, Row, choose_columns, read_rows
+from data_pipeline.commands.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, choose_columns, read_rows
 from data_pipeline.commands.tables import KINDS, Table, open_table
 from data_pipeline.samples.image import MAX_PIXELS
 from data_pipeline.samples.text import encodable, name_bytes
@@ -56,6 +56,21 @@ class State:
     skipped_bytes: int = 0
     """Length of skipped.jsonl."""
     complete: bool = False
+
+
+HELP = f"""\
+Columns are found by name, in any case:
+  image    {" ".join(IMAGE_COLUMNS)}
+  captions {" ".join(CAPTION_COLUMNS)}
+Rows of one image become one sample with all their captions.
+
+examples:
+  python -m data_pipeline pack captions.csv data/train --image-column file --caption-column title,alt
+  python -m data_pipeline pack pictures data/train --captions lines       (a.jpg beside a.txt, a caption per line)
+  python -m data_pipeline pack captions_train2017.json data/train --image-root train2017     (COCO)
+  python -m data_pipeline pack hub_dataset data/train --split train       (Parquet, or save_to_disk)
+  python -m data_pipeline pack imagenet/val data/val --class-column folder     (a folder per class)
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=["keep", *(name.lower() for name in EXTENSIONS)],
         default="keep",
-        help="re-encode what is JPEG, PNG or WebP but not this, over white",
+        help="re-encode every other format, also GIF, BMP, TIFF and AVIF, over white",
     )
     add("--quality", type=_percent, default=90, help="of re-encoded JPEG and WebP, 1 to 100 (default: 90)")
     add("--max-pixels", type=positive, default=MAX_PIXELS, help=f"skip larger images (default: {MAX_PIXELS:,})")

@@ -14,6 +14,12 @@ from data_pipeline.storage.manifest import Shard, load_manifest
 from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.storage.remote import is_remote, open_remote
 
+HELP = """\
+examples:
+  python -m data_pipeline verify data/train
+  python -m data_pipeline verify https://host/data/manifest.json
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="manifest.json, or the directory that holds it")

@@ -21,6 +21,13 @@ from data_pipeline.storage.files import alone_in
 CORPORA = {"openmoji": openmoji, "openclipart": openclipart}
 
 
+HELP = """\
+examples:
+  python -m data_pipeline demo
+  python -m data_pipeline demo data/clipart --corpus openclipart
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", nargs="?", default=Path("data/demo"), type=Path, help="folder (default: data/demo)")
     parser.add_argument("--corpus", choices=tuple(CORPORA), default="openmoji", help="which pictures")

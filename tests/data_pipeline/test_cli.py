@@ -1,6 +1,9 @@
 """The command line: which commands there are, exit codes, messages instead of tracebacks, and a quick start."""
 
+import argparse
 import importlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -81,3 +84,17 @@ def test_errors_are_messages_not_tracebacks(tmp_path):
     done = command("index", str(tmp_path / "*.tar"))
     assert done.returncode == 2
     assert "no shard matches" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_examples_that_its_parser_takes(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out.partition("examples:")[2]
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    examples = re.findall(rf"python -m data_pipeline {name}(.*?)(?:   .*)?$", shown, re.MULTILINE)
+    assert examples
+    for example in examples:
+        parser.parse_args(shlex.split(example))

@@ -10,12 +10,14 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.commands import inspect as inspecting
+from data_pipeline.commands.index import index
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.samples.text import pick_caption, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
 from tests.support.pictures import tiny_image
+from tests.support.tars import write_shards
 
 
 @pytest.fixture
@@ -149,3 +151,17 @@ def test_long_captions_and_any_script_fit_under_a_picture():
     sheet = inspecting.paint([(image, "слово 词 " * 200), (None, "unusable")], 2, "title")
     below = sheet.crop((0, sheet.height - inspecting.MARGIN // 2, sheet.width, sheet.height))
     assert below.getextrema() == ((255, 255),) * 3
+
+
+def test_classes_without_captions_are_drawn_and_captions_read_as_the_manifest_says(tmp_path, capsys):
+    def sample(number):
+        text = {"txt": b"one\ntwo"} if number else {}
+        return f"{number}", {"png": tiny_image(number), "cls": b"heart", **text}
+
+    paths = sorted(str(path) for path in write_shards(tmp_path, (2,), sample).glob("*.tar"))
+    manifest = index(paths, tmp_path / "manifest.json", 1, caption_rule="lines")
+    assert inspecting.describe(manifest).count("1 samples have") == 2
+    cells = inspecting._plain_cells(DataConfig())
+    shown = [cells(number, raw)[0] for number, raw in enumerate(inspecting._spaced(manifest, DataConfig(), 2))]
+    assert [text for _, text in shown] == ["[heart] ", "[heart] one (+1)"] and all(image for image, _ in shown)
+    assert inspecting.draw(manifest, DataConfig(image_size=32), count=2, augmented=True, seed=0)

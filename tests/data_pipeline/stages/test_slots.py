@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.stages.slots import check_batch, share_of
+from data_pipeline.stages.slots import check_batch, shard_names, share_of
+from data_pipeline.storage.manifest import Manifest, Shard
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3))
@@ -35,3 +36,12 @@ def test_ranks_share_every_row_of_every_step(world: int, micro_batch: int, count
 def test_a_batch_that_cannot_be_shared_is_refused(batch: int, micro_batch: int, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_batch(batch, micro_batch, world)
+
+
+def test_shards_are_called_by_as_much_of_their_address_as_tells_them_apart() -> None:
+    def manifest(*urls: str) -> Manifest:
+        return Manifest(tuple(Shard(url, 1, 1, "0" * 64) for url in urls), {}, "/m.json")
+
+    assert shard_names([manifest("/data/00.tar", "https://host/01.tar?signature=a/b")]) == [["00.tar", "01.tar"]]
+    several = [manifest("/a/x/00.tar", "/a/y/00.tar", "/a/01.tar"), manifest("/b/x/00.tar"), manifest("/a/x/00.tar")]
+    assert shard_names(several) == [["a/x/00.tar", "y/00.tar", "01.tar"], ["b/x/00.tar"], ["a/x/00.tar"]]
