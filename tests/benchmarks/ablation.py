@@ -101,7 +101,7 @@ def run_name(regime: str, variant: str, seed: int) -> str:
 def run(name: str, fields: Sequence[object]) -> None:
     """Train, or go on."""
     command = ["./launch/local.sh", "--engine", "cpu", "--processes", "1", "--precision", "bf16"]
-    command += ["--config", "train/configs/quickstart.yaml", "--name", name]
+    command += ["--config", "train/configs/scratch.yaml", "--name", name]
     subprocess.run([*command, *map(str, fields)], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,6 +1,6 @@
 """What measuring the towers and balancing them costs, as a share of the step time.
 
-    python -m tests.benchmarks.balance --json [--config train/configs/quickstart.yaml] [--pairs 15] [--threads 1]
+    python -m tests.benchmarks.balance --json [--config train/configs/scratch.yaml] [--pairs 15] [--threads 1]
 
 Real steps of a run's model at its batch size, precision bf16 on a GPU and where the CPU has it, random pixels and ids.
 Steps with the measurement and steps without take turns, and each pair gives the difference; medians are reported. At
@@ -32,7 +32,7 @@ from train.step import training_step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", default="train/configs/quickstart.yaml", help="default: %(default)s")
+    parser.add_argument("--config", default="train/configs/scratch.yaml", help="default: %(default)s")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads (default: torch's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
