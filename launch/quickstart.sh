@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and a page of pictures, on CPU cores: ./launch/quickstart.sh
-# Whatever is there already is kept: run it again after an interruption and it goes on.
+# Whatever is there already is kept: run it again after an interruption and it resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
@@ -17,7 +17,7 @@ Install, fetch the demo data, train and evaluate: ./launch/quickstart.sh [option
 TEXT
 }
 
-processes='' precision='' engine=cpu train=() runs=runs name=quickstart
+processes='' precision='' engine=cpu fields=() runs=runs name=quickstart
 while [ $# -gt 0 ]; do
     case $1 in
     --processes | --precision | --name | --runs_dir)
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         exit
         ;;
     *)
-        train+=("$1")
+        fields+=("$1")
         shift
         ;;
     esac
@@ -71,8 +71,28 @@ echo "[2/3] Demo data in data/demo$(there data/demo/openmoji/train/manifest.json
 run=$runs/$name
 echo "[3/3] Train in $run, ${processes:-one per GPU} process(es), $precision$(there "$run/config.yaml")"
 export DUET_PYTHON=$PYTHON
-./launch/local.sh --engine "$engine" --precision "$precision" ${processes:+--processes "$processes"} \
-    --config train/configs/quickstart.yaml --name "$name" --runs_dir "$runs" ${train[@]+"${train[@]}"}
+fields=(--config train/configs/quickstart.yaml ${fields[@]+"${fields[@]}"})
+
+train() {
+    ./launch/local.sh --engine "$engine" --precision "$precision" ${processes:+--processes "$processes"} \
+        "${fields[@]}" "$@"
+}
+
+# How long it will take, from a few steps of the same run; where these fail, the run itself says why.
+estimate() {
+    local trial
+    trial=$(mktemp -d)
+    trap 'rm -rf "$trial"; exit 130' INT TERM
+    if train --name trial --runs_dir "$trial" --train.steps 8 --data.val '' --tracking.wandb disabled >"$trial/log" 2>&1
+    then
+        "$PYTHON" -m launch.estimate "$trial/trial" "${fields[@]}"
+    fi
+    rm -rf "$trial"
+    trap - INT TERM
+}
+
+if [ ! -e "$run/config.yaml" ]; then estimate; fi
+train --name "$name" --runs_dir "$runs"
 
 report=$run/report/index.html
 [ -f "$report" ] || die "the run in $run ended without $report"

