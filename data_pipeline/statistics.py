@@ -156,9 +156,10 @@ def measured(image: Image.Image, background: RGB) -> np.ndarray:
 def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The statistics of several shards together, as they are in a manifest:
 
-    samples, bad {count, causes, examples}, uncaptioned (samples that only evaluation by class can use), several_lines
-    (samples whose captions depend on how a text of several lines is read), unread (members that look like an image or
-    a text, but whose names hold another dot, by extension), mean and std (RGB, 0..1), moments (what they are computed
+    samples, bad {count, causes, examples}, hopeless (shards without a sample to train with), uncaptioned (samples that
+    only evaluation by class can use), several_lines (samples whose captions depend on how a text of several lines is
+    read), unread (members that look like an image or a text, but whose names hold another dot, by extension),
+    mean and std (RGB, 0..1), moments (what they are computed
     from, so that several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and
     height in pixels, image_bytes, captions_per_image, caption_characters and caption_words, duplicates of images (equal
     bytes) and of captions (how many are repeats of an earlier one), and classes {count, samples}.
@@ -168,8 +169,10 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
     hashes: dict[str, list[np.ndarray]] = {"image": [], "caption": []}
     classes: Counter[str] = Counter()
+    hopeless = 0
     for part in parts:
         samples += part["samples"]
+        hopeless += len(part["bad"]) + part["uncaptioned"] == part["samples"]
         unread.update(part["unread"])
         counted.update({name: part[name] for name in ("uncaptioned", "several_lines")})
         moments.merge(Moments.from_json(part["moments"]))
@@ -184,6 +187,7 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "samples": samples,
         "bad": {"count": len(bad), "causes": dict(causes.most_common(EXAMPLES)), "examples": bad[:EXAMPLES]},
+        "hopeless": hopeless,
         **counted,
         "unread": dict(unread.most_common(EXAMPLES)),
         "mean": moments.mean,

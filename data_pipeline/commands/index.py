@@ -93,6 +93,10 @@ def summary(manifest: Manifest) -> str:
         lines.append(f"{bad['count']:,} of the samples are bad, and would be replaced in training:")
         lines += [f"  {number:,}: {cause}" for cause, number in bad["causes"].items()]
         lines.append(f"  each is in {bad_path(Path(manifest.path))}")
+    if known["hopeless"]:
+        lines.append(
+            f"{known['hopeless']:,} shards have no sample to train with: those of the next shards would replace them"
+        )
     if known["uncaptioned"]:
         lines.append(
             f"{known['uncaptioned']:,} samples have no caption: training and retrieval leave them out, evaluation by "

@@ -19,7 +19,7 @@ from data_pipeline.storage.redaction import redact_urls
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "image_file", "image_name", "img"),
-    *("filepath", "file_path", "file_name", "filename", "path"),
+    *("filepath", "file_path", "file_name", "filename", "path", "jpg", "png", "webp"),
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "comment", "sentence", "description")
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
@@ -195,7 +195,7 @@ def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], ca
         image = _image(record.get(columns.image), columns.root)
         values = [record.get(name) for name in columns.captions]
         captions = tuple(dict.fromkeys(text for value in values for text in _texts(value, columns.caption_rule)))
-        several_lines = record.get(SEVERAL_LINES, any(isinstance(v, str) and len(lines_of(v)) > 1 for v in values))
+        several_lines = record.get(SEVERAL_LINES, _texts(values, WHOLE) != _texts(values, LINES))
         cls = _class(record.get(columns.cls), columns.cls) if columns.cls else None
     except ValueError as error:
         cause = cause or str(error)
@@ -223,7 +223,7 @@ def _texts(value: Any, caption_rule: str) -> list[str]:
     if _is_missing(value):
         return []
     if isinstance(value, list | tuple):
-        return [text for item in value for text in _texts(item, WHOLE)]
+        return [text for item in value for text in _texts(item, caption_rule)]
     if isinstance(value, str | int | float):
         lines = [line.strip() for line in lines_of(encodable(str(value)))]
         return lines if caption_rule == LINES else [" ".join(lines)] * bool(lines)

@@ -41,8 +41,11 @@ def captions(raw: dict) -> list[str]:
     Raises BadSample for what is no text.
     """
     found = _found(raw)
-    texts = [line for text in found for line in lines_of(text)] if raw.get(CAPTIONS) == LINES else found
-    return tidied(texts)
+    if raw.get(CAPTIONS) != LINES:
+        return tidied(found)
+    by_line = {tuple(tidied([text])): lines_of(text) for text in found if len(lines_of(text)) > 1}
+    # A text that is there again on one line, as in a json beside a txt, is what its lines say.
+    return tidied(line for text in found for line in by_line.get(tuple(tidied([text])), [text]))
 
 
 def has_several_lines(raw: dict) -> bool:

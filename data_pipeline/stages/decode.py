@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_pipeline.config import DataConfig
+from data_pipeline.order import Position
 from data_pipeline.samples.image import BadSample
 from data_pipeline.samples.text import check_captions, pick_caption, split
 from data_pipeline.samples.transforms import train_transform
 from data_pipeline.seeds import view_seed
 from data_pipeline.stages.readers import Readers
 from data_pipeline.stages.slots import SLOT, Slot
+
+SHARDS_TRIED = 8
+"""Shards in which a replacement is looked for: where so many have no good sample, something is wrong with the data."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +56,38 @@ class Decode:
 
 
 class DecodeOrReplace:
-    """Decode; a bad sample is replaced by the next good one of its shard, and recorded."""
+    """Decode; a bad sample is replaced by the next good one of its shard or, where that has none, of the next shards,
+    and recorded."""
 
     def __init__(self, decode: Decode, readers: Readers):
         self.decode, self.readers = decode, readers
 
     def __call__(self, sample: dict) -> dict:
-        """Raises ValueError where a shard has no good sample at all."""
+        """Raises ValueError where SHARDS_TRIED shards have no good sample at all."""
         slot = sample[SLOT]
         try:
             return self.decode(sample, slot)
         except BadSample as error:
             slot.refuse(sample, error.cause)
-        size = self.readers.size(slot.place.source, slot.place.shard)
-        for distance in range(1, size):
-            raw = self.readers.raw(slot.place.source, slot.place.shard, (slot.place.index + distance) % size)
+        for raw in self._neighbours(slot.place):
             # A bad neighbour is recorded in its own slot: each bad sample counts once.
             with contextlib.suppress(BadSample):
                 decoded = self.decode(raw, slot)
                 sample["__key__"] = raw["__key__"]  # webdataset.map gives its result the key of what went in
                 return decoded
         raise ValueError(
-            f"shard {sample['__shard__']}: not one of its {size} samples can be used; the first: {slot.bad[0]['cause']}"
+            f"shard {sample['__shard__']}: not one of its samples can be used, nor of the shards after it; the first: "
+            f"{slot.bad[0]['cause']}"
         )
+
+    def _neighbours(self, place: Position) -> Iterator[dict]:
+        """The other samples of a shard, from the next one on, then those of the shards after it."""
+        shards = len(self.readers.manifests[place.source].shards)
+        for ahead in range(min(shards, SHARDS_TRIED)):
+            shard = (place.shard + ahead) % shards
+            size = self.readers.size(place.source, shard)
+            for distance in range(0 if ahead else 1, size):
+                yield self.readers.raw(place.source, shard, (distance if ahead else place.index + distance) % size)
 
 
 class UserStage:

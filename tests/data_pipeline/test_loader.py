@@ -26,6 +26,8 @@ from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.loading import BATCH, LANES, MICRO, SEED, SIZES, STEPS, assert_equal, damaged, settings
+from tests.support.pictures import tiny_image
+from tests.support.tars import write_shards
 from tests.support.vocabulary import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -160,10 +162,23 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_recorded(tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_without_a_good_sample_stops_the_run(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+def test_data_without_a_good_sample_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     manifest = damaged(tmp_path, range(8))
-    with pytest.raises(ValueError, match=r"^shard .*train-00000\d\.tar: not one of its 8 samples can be used; .+"):
+    with pytest.raises(ValueError, match=r"^shard .*train-00000\d\.tar: not one of its samples can be used, nor of .+"):
         list(load([manifest], tokenizer, settings(workers)))
+
+
+def test_a_shard_without_a_good_sample_takes_those_of_the_next_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Shards of one sample, as a pack by bytes may end, are no reason to stop at half a percent of bad samples."""
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        return f"{number}", {"png": b"bad" if number in (9, 10) else tiny_image(number), "txt": b"text"}
+
+    manifest = load_manifest(write_shards(tmp_path, (9, 1, 1, 9), sample))
+    for workers, world in ((0, 1), (2, 2)):
+        seen = all_ranks([manifest], tokenizer, settings(workers), world)
+        records = {record["shard"]: record["replaced_by"] for item in seen for record in item.bad}
+        assert records == dict.fromkeys(("train-000001.tar", "train-000002.tar"), "train-000003.tar/11")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -61,6 +61,15 @@ def test_the_rule_for_captions_is_part_of_what_the_data_are(tmp_path):
     assert load_manifest(tmp_path).captions == "whole" and load_manifest(tmp_path).hash in hashes
 
 
+@pytest.mark.parametrize(("good", "hopeless"), [(1, 0), (0, 1)])
+def test_a_shard_without_a_good_sample_is_foretold(tmp_path, capsys, good, hopeless):
+    write_tar(tmp_path / "a.tar", [("a.png", tiny_image(1) if good else b"bad"), ("a.txt", b"text")])
+    write_tar(tmp_path / "b.tar", [("b.png", tiny_image(1)), ("b.txt", b"text")])
+    assert index(tmp_path) == 0
+    assert load_manifest(tmp_path).statistics["hopeless"] == hopeless
+    assert ("1 shards have no sample to train with" in capsys.readouterr().out) is bool(hopeless)
+
+
 def test_a_classification_set_without_captions_is_not_bad(tmp_path, capsys):
     members = [
         (f"s{number:07d}.{extension}", data)

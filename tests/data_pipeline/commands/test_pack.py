@@ -96,7 +96,7 @@ def test_side_cars_text_lines_and_json_together(folder, tmp_path):
     first, second = samples(tmp_path / "out")
     assert (first["__key__"], second["__key__"]) == ("pictures/im0", "pictures/im1")
     assert json.loads(first["json"]) == {"captions": ["first line", "second line"]}
-    assert second["txt"] == b"other"  # a list comes first, as in a tar
+    assert json.loads(second["json"]) == {"captions": ["other", "same"]}
     causes = {line["key"]: line["cause"] for line in skipped(tmp_path / "out")}
     assert set(causes) == {"orphan", "pictures/im2", "pictures/im3", "pictures/im4"}
     assert "no image beside orphan.txt" in causes["orphan"]

@@ -196,6 +196,17 @@ def test_files_of_img2dataset(tmp_path):
     assert not (tmp_path / "out/skipped.jsonl").read_text()
 
 
+def test_parquet_of_img2dataset(tmp_path):
+    """--output_format parquet: the images in a column jpg, empty where one could not be fetched."""
+    rows = {"caption": ["one", "two"], "url": ["http://x/a.jpg"] * 2, "jpg": [tiny_image(1, kind="jpeg"), None]}
+    (tmp_path / "in").mkdir()
+    parquet.write_table(
+        arrow.table(rows | {"status": ["success", "failed_to_download"]}), tmp_path / "in/00000.parquet"
+    )
+    assert packed(tmp_path / "in", tmp_path / "out") == [["one"]]
+    assert [line["cause"] for line in skipped(tmp_path / "out")] == ["no image"]
+
+
 def test_class_folders_need_no_captions(tmp_path, capsys):
     for number, name in enumerate(("cat/1", "cat/2", "polar bear/1")):
         picture(tmp_path / f"in/{name}.jpg", number)
