@@ -34,14 +34,14 @@ class Tokenizer:
         special = set(self._tokenizer.all_special_ids)
         if len(self._tokenizer) <= len(special):
             raise ValueError(
-                f"--model.text.tokenizer {name}: its vocabulary holds only the special tokens; "
+                f"model.text.tokenizer {name}: its vocabulary holds only the special tokens; "
                 f"name a directory that holds tokenizer.json, or vocab.txt and tokenizer_config.json"
             )
         if self._tokenizer.pad_token_id is None:
-            raise ValueError(f"--model.text.tokenizer {name} has no padding token; use one of a BERT-family encoder")
+            raise ValueError(f"model.text.tokenizer {name} has no padding token; use one of a BERT-family encoder")
         least = self._tokenizer.num_special_tokens_to_add() + 1
         if max_tokens < least:
-            raise ValueError(f"--data.max_tokens is {max_tokens}: at least {least}, the special tokens and one more")
+            raise ValueError(f"data.max_tokens is {max_tokens}: at least {least}, the special tokens and one more")
         self.name, self.max_tokens = name, max_tokens
         self.pad_id = int(self._tokenizer.pad_token_id)
         self.mask_id: int | None = self._tokenizer.mask_token_id
@@ -79,7 +79,7 @@ class Tokenizer:
             path.write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             if Tokenizer(name, self.max_tokens).identity() != self.identity():
                 raise ValueError(
-                    f"--model.text.tokenizer {self.name} is another one after it was saved and loaded; "
+                    f"model.text.tokenizer {self.name} is another one after it was saved and loaded; "
                     "give a directory that transformers itself has saved"
                 )
             paths = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -143,10 +143,10 @@ def _remedy(name: str, error: Exception) -> str:
     reason = first_line(error)
     if Path(name).is_dir():
         return (
-            f"--model.text.tokenizer {name}: no tokenizer could be loaded from this directory ({reason}); "
+            f"model.text.tokenizer {name}: no tokenizer could be loaded from this directory ({reason}); "
             f"it needs tokenizer.json, or vocab.txt and tokenizer_config.json"
         )
     return (
-        f"--model.text.tokenizer {name} is no directory, and could not be had from the Hugging Face hub ({reason}); "
+        f"model.text.tokenizer {name} is no directory, and could not be had from the Hugging Face hub ({reason}); "
         f"without network, give a local directory that holds its tokenizer.json"
     )

@@ -24,7 +24,7 @@ from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
 from launch.memory import GB
-from train import distributed
+from train import cli, distributed
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.overlap import warnings
@@ -61,7 +61,7 @@ def weights(config: RunConfig) -> list[Finding]:
         Tokenizer(text.tokenizer or text.name, config.data.max_tokens)
     except ValueError as error:
         remedy = "or run this where there is a network: what it fetches stays in the caches of the home directory"
-        return [fail("pretrained weights", str(error), remedy)]
+        return [fail("pretrained weights", cli.with_flags(str(error)), remedy)]
     measured = f"{image.name} {image.weights}, {text.name} {text.weights} and tokenizer: loaded"
     return [ok("pretrained weights", f"{measured} in {time.perf_counter() - began:.0f} s")]
 

@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.patience": (_at_least(0), "evaluations, 0 is off"),
     "train.seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     "train.resident": (_at_least(1), "at least 1"),
-    "train.steps": (_at_least(0), "0: as many as --train.epochs are"),
+    "train.steps": (_at_least(0), "0: as many as train.epochs are"),
     "train.epochs": (_above(0), "above 0"),
 }
 """Field -> whether a value will do, and what to give instead."""

@@ -114,17 +114,18 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
 def with_flags(message: str, options: Iterable[str] = ()) -> str:
     """The message of a library function, which speaks of arguments and fields, in the words of a command line.
 
-    A field such as optim.lr becomes --optim.lr wherever it is. An argument such as `global_batch`, which is
-    the last part of one field alone, or one of a command's own `options`, becomes a flag where the message starts with
-    it or has it in backticks. Other words are left as they are, but for passwords and signatures in urls.
+    A field such as optim.lr becomes --optim.lr wherever it is. These become flags where the message starts with them
+    or has them in backticks: an argument such as `global_batch`, which is the last part of one field alone; a field
+    without a dot, such as `name`; one of a command's own `options`. Other words are left as they are, but for
+    passwords and signatures in urls.
     """
     message = redact_urls(message)
     names = list(flatten(RunConfig()))
     leaves = Counter(name.rpartition(".")[2] for name in names)
     # Without an underscore it may be a word of the sentence.
     flags = {leaf: f"--{name}" for name in names if leaves[leaf := name.rpartition(".")[2]] == 1 and "_" in leaf}
-    flags |= {option: f"--{option}" for option in options}
-    fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    flags |= {name: f"--{name}" for name in [*options, *(name for name in names if "." not in name)]}
+    fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "." in name)
     message = re.sub(rf"`?(?<![\w./-])({fields})(?![\w/]|\.\w)`?", r"--\1", message)
     message = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), message)
     return re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), message)

@@ -161,7 +161,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
     state, best = run.state, run.best
     if best.exhausted:
         run.tracker.message(
-            f"--train.patience {best.patience}: {best.metric} has not got better since step {best.step}; the run ends"
+            f"train.patience {best.patience}: {best.metric} has not got better since step {best.step}; the run ends"
         )
     last = held_out(run, [name for name in run.suite.tasks if name not in found])
     if improved(run, last):
@@ -209,7 +209,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         if state.data_hash != feed.identity:
             raise ValueError(
                 f"data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
-                "Give the data that it was trained on, or choose another name"
+                "Give the data that it was trained on, or choose another `name`"
             )
         checkpoint.load_weights(found, model)
     engine = engine_of_run(accelerator, model, config)

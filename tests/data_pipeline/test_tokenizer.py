@@ -77,23 +77,23 @@ def test_vocabulary_size_and_pickling(directory: Path) -> None:
 def test_a_vocabulary_of_special_tokens_alone_is_refused(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
     BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"--model\.text\.tokenizer .*empty.* only the special tokens"):
+    with pytest.raises(ValueError, match=r"^model\.text\.tokenizer .*empty.* only the special tokens"):
         Tokenizer(str(tmp_path / "empty"), 77)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--model\.text\.tokenizer .* this directory .*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"^model\.text\.tokenizer .* this directory .*tokenizer\.json"):
         Tokenizer(str(tmp_path), 77)
 
 
 def test_a_hub_name_without_network_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"--model\.text\.tokenizer nobody/nothing .*local directory"):
+    with pytest.raises(ValueError, match=r"^model\.text\.tokenizer nobody/nothing .*local directory"):
         Tokenizer("nobody/nothing", 77)
 
 
 def test_too_few_tokens_are_refused(directory: Path) -> None:
-    with pytest.raises(ValueError, match=r"--data\.max_tokens is 2: at least 3"):
+    with pytest.raises(ValueError, match=r"^data\.max_tokens is 2: at least 3"):
         Tokenizer(str(directory), 2)
 
 

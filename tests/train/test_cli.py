@@ -111,6 +111,8 @@ def test_a_file_that_cannot_be_meant_is_refused_by_name(content: str, message: s
         ("--data.lanes 3 and data.lanes", "--data.lanes 3 and --data.lanes"),
         ("no file runs/data.val/x, seed or `image`", "no file runs/data.val/x, seed or `image`"),
         ("fit f needs `data`; data is short", "--fit f needs --data; data is short"),
+        ("name a: choose a class name, or another `name`", "--name a: choose a class name, or another --name"),
+        ("runs_dir, `name`: not there", "--runs_dir, --name: not there"),
     ],
 )
 def test_a_librarys_message_gets_the_flags_of_the_command(message: str, shown: str) -> None:

@@ -109,7 +109,7 @@ def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
 def test_another_configuration_is_refused_with_the_difference(straight) -> None:
     config = cli.load(run_dir(straight) / "config.yaml")
     config.optim.lr, config.data.workers = 0.5, 3
-    with pytest.raises(ValueError, match=r"(?s)--name small.*optim\.lr: 3e-05 -> 0\.5") as error:
+    with pytest.raises(ValueError, match=r"(?s)^name small.*optim\.lr: 3e-05 -> 0\.5") as error:
         loop.run(config)
     assert "workers" not in str(error.value)
 
@@ -153,7 +153,7 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
     config = prepare(tmp_path, steps=4)
     config.name, config.data.val = "worse", ""
     config.data.train = str(write_data(tmp_path / "worse", (64,), bad=range(0, 64, 2)))
-    with pytest.raises(ValueError, match=r"data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
+    with pytest.raises(ValueError, match=r"^data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
         loop.run(config)
 
 

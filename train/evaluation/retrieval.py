@@ -170,5 +170,5 @@ def check_finite(tower: str, features_ND: Tensor) -> None:
     if bad:
         raise ValueError(
             f"{bad} of {len(features_ND)} {tower} features are not finite: the weights have diverged; go back to an "
-            "earlier checkpoint, or train with a smaller --optim.lr"
+            "earlier checkpoint, or train with a smaller optim.lr"
         )

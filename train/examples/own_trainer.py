@@ -37,11 +37,11 @@ def main(data: str, tokenizer_name: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    manifest, tokenizer = load_manifest(data), Tokenizer(tokenizer_name, max_tokens=32)
-    order = build_order([manifest], [1.0], batch=GLOBAL_BATCH, lanes=4, seed=SEED, shuffle_shards=8)
-    where = {"rank": rank, "world": world, "stop_step": STEPS}
+    manifests, tokenizer = [load_manifest(data)], Tokenizer(tokenizer_name, max_tokens=32)
+    order = build_order(manifests, [1.0], batch=GLOBAL_BATCH, lanes=4, seed=SEED, shuffle_shards=8)
+    config = DataConfig(image_size=64)
     loader = train_loader(
-        DataConfig(image_size=64), order, [manifest], tokenizer, seed=SEED, micro_batch=MICRO_BATCH, **where
+        config, order, manifests, tokenizer, seed=SEED, micro_batch=MICRO_BATCH, rank=rank, world=world, stop_step=STEPS
     )
     torch.manual_seed(SEED)
     model = Pair(tokenizer.vocab_size)

@@ -61,12 +61,12 @@ def describe(
         features, tensors = _blank_forward(module, image_size)
     except Exception as error:  # each model has its own kinds of failure
         raise ValueError(
-            f"--data.image_size {image_size}: such images do not go through --model.image.name {name} ({error}); "
+            f"data.image_size {image_size}: such images do not go through model.image.name {name} ({error}); "
             "set the size that it is made for"
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"--model.image.name {name} makes {shape} of two images: it has to return features [B, D]")
+        raise ValueError(f"model.image.name {name} makes {shape} of two images: it has to return features [B, D]")
     used = _reached(features)
     for parameter_name, parameter in parameters.items():
         if id(tensors[parameter_name]) not in used:

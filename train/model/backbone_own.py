@@ -36,14 +36,14 @@ def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool
     for field in ("dropout", "drop_path"):
         if (value := getattr(config, field)) is not None:
             if field not in takes and not anything:
-                raise ValueError(f"--model.image.{field} {value}: {path} has no such argument; leave it null")
+                raise ValueError(f"model.image.{field} {value}: {path} has no such argument; leave it null")
             options[field] = value
     module = cls(**options)
     if pretrained and config.weights != "scratch":
-        flag = f"--model.image.weights {config.weights}"
+        given = f"model.image.weights {config.weights}"
         if (state := read_state_dict(config.weights)) is None:
-            raise ValueError(f"{flag}: {path} has weights in files alone; give a .safetensors or .pth file, or scratch")
-        load_weights(module, state, dict, flag, path)
+            raise ValueError(f"{given}: {path} has weights in files alone; give a .safetensors or .pth, or scratch")
+        load_weights(module, state, dict, given, path)
     says = {name: getattr(module, name) for name in ("blocks", "stages") if _is_names(getattr(module, name, None))}
     return describe(module, image_size, path, channels_last=getattr(module, "channels_last", False) is True, **says)
 
@@ -54,10 +54,10 @@ def _class(path: str) -> type[nn.Module]:
         cls = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"--model.image.name {path} cannot be imported ({error}): run where `python -c 'import {package}'` works"
+            f"model.image.name {path} cannot be imported ({error}): run where `python -c 'import {package}'` works"
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"--model.image.name {path} is not a class derived from torch.nn.Module")
+        raise ValueError(f"model.image.name {path} is not a class derived from torch.nn.Module")
     return cls
 
 

@@ -45,7 +45,7 @@ def _timm(name: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise ValueError(f"--model.image.name timm/{name} needs timm ({error}): pip install timm") from error
+        raise ValueError(f"model.image.name timm/{name} needs timm ({error}): pip install timm") from error
 
 
 def _check_name(timm: Any, name: str) -> None:
@@ -54,12 +54,12 @@ def _check_name(timm: Any, name: str) -> None:
         return
     if timm.is_model(model):
         raise ValueError(
-            f"--model.image.name timm/{name}: the weights have a field of their own; "
-            f"set --model.image.name timm/{model} --model.image.weights {tag}"
+            f"model.image.name timm/{name}: the weights have a field of their own; "
+            f"set model.image.name to timm/{model} and model.image.weights to {tag}"
         )
     near = difflib.get_close_matches(model.lower(), timm.list_models(), n=5, cutoff=0.4) or ["resnet50"]
     nearest = ", ".join(f"timm/{other}" for other in near)
-    raise ValueError(f"--model.image.name timm/{name} is not a timm model; the nearest are {nearest}")
+    raise ValueError(f"model.image.name timm/{name} is not a timm model; the nearest are {nearest}")
 
 
 def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> nn.Module:
@@ -76,13 +76,11 @@ def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> 
                 raise ValueError(_not_taken(field, options[keyword], name)) from error
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"--data.image_size {image_size} does not fit --model.image.name timm/{name}: {error}"
-        ) from error
+        raise ValueError(f"data.image_size {image_size} does not fit model.image.name timm/{name}: {error}") from error
 
 
 def _not_taken(field: str, value: float, name: str) -> str:
-    return f"--model.image.{field} {value}: timm's {name} does not take it; leave it null"
+    return f"model.image.{field} {value}: timm's {name} does not take it; leave it null"
 
 
 def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
@@ -97,7 +95,7 @@ def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
             state = translate(dict(state), module)
         return {key: value for key, value in state.items() if key not in head}
 
-    load_weights(module, state, by_name, f"--model.image.weights {weights}", f"timm/{name}")
+    load_weights(module, state, by_name, f"model.image.weights {weights}", f"timm/{name}")
 
 
 def _with_classifier(timm: Any, name: str) -> nn.Module:

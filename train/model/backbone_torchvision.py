@@ -48,14 +48,14 @@ def _model(name: str, config: ImageTowerConfig, image_size: int) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known
         raise ValueError(
-            f"--model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}; "
+            f"model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}; "
             f"one of timm's is timm/{name}, one of your own the dotted path of its class"
         )
     options: dict = {}
     if name.startswith("vit_"):
         patch = _patch_size(name)
         if image_size % patch:
-            raise ValueError(f"--data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
+            raise ValueError(f"data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
         options["image_size"] = image_size
     elif name.startswith("maxvit"):
         options["input_size"] = (image_size, image_size)
@@ -70,12 +70,12 @@ def _model(name: str, config: ImageTowerConfig, image_size: int) -> nn.Module:
         for field, keyword in FIELDS.items():
             if keyword in options and keyword in str(error):
                 message = (
-                    f"--model.image.{field} {options[keyword]}: torchvision's {name} does not take it; leave it null"
+                    f"model.image.{field} {options[keyword]}: torchvision's {name} does not take it; leave it null"
                 )
                 raise ValueError(message) from error
         raise
     except ValueError as error:
-        raise ValueError(f"--data.image_size {image_size} does not fit --model.image.name {name}: {error}") from error
+        raise ValueError(f"data.image_size {image_size} does not fit model.image.name {name}: {error}") from error
 
 
 def _patch_size(vit: str) -> int:
@@ -94,7 +94,7 @@ def _remove_head(module: nn.Module, name: str) -> tuple[int, str]:
             if isinstance(linear, nn.Linear):
                 setattr(head, last, nn.Identity())
                 return linear.in_features, f"{attribute}.{last}"
-    raise ValueError(f"--model.image.name {name} does not end in a linear layer; use another, such as resnet50")
+    raise ValueError(f"model.image.name {name} does not end in a linear layer; use another, such as resnet50")
 
 
 def _load(module: nn.Module, name: str, weights: str, head: str, image_size: int) -> None:
@@ -107,4 +107,4 @@ def _load(module: nn.Module, name: str, weights: str, head: str, image_size: int
             state = interpolate_embeddings(image_size, _patch_size(name), state)
         return state
 
-    load_weights(module, state, by_name, f"--model.image.weights {weights}", name)
+    load_weights(module, state, by_name, f"model.image.weights {weights}", name)

@@ -49,7 +49,7 @@ class ImageTower(nn.Module):
         if config.checkpointing:
             if not self.blocks:
                 raise ValueError(
-                    f"--model.image.checkpointing: {config.name} has no blocks to recompute; set it to false"
+                    f"model.image.checkpointing: {config.name} has no blocks to recompute; set it to false"
                 )
             recompute_blocks(self, self.blocks)
 
@@ -68,7 +68,7 @@ def build_backbone(config: ImageTowerConfig, image_size: int, pretrained: bool) 
     if slash:
         if family not in BACKBONES:
             known = ", ".join(f"{other}/" for other in BACKBONES)
-            raise ValueError(f"--model.image.name {config.name}: {family}/ is no family of models: take {known}")
+            raise ValueError(f"model.image.name {config.name}: {family}/ is no family of models: take {known}")
         return BACKBONES[family](name, config, image_size, pretrained)
     if "." in config.name:
         return backbone_own.build(config.name, config, image_size, pretrained)
@@ -80,7 +80,7 @@ def _locked(config: ImageTowerConfig, built: Backbone) -> list[str]:
     units, what = (built.stages, "stages") if len(built.stages) > 1 else (built.blocks, "blocks")
     if config.locked_stages > len(units):
         raise ValueError(
-            f"--model.image.locked_stages {config.locked_stages}: {config.name} has {len(units)} {what}; "
-            "give at most that, or --model.image.locked_until -1 for a tower that never learns"
+            f"model.image.locked_stages {config.locked_stages}: {config.name} has {len(units)} {what}; "
+            "give at most that, or model.image.locked_until -1 for a tower that never learns"
         )
     return units[: config.locked_stages]

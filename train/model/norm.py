@@ -165,7 +165,7 @@ def convert(module: nn.Module, kind: Norm) -> None:
             continue
         if "running_var" in dict(child.named_buffers(recurse=False)) and not isinstance(child, FROZEN):
             raise ValueError(
-                f"--model.image.norm {kind}: {type(child).__name__} ({name}) keeps running statistics in a way that "
+                f"model.image.norm {kind}: {type(child).__name__} ({name}) keeps running statistics in a way that "
                 "is not known here; take a tower with BatchNorm, GroupNorm or LayerNorm"
             )
         convert(child, kind)

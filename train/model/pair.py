@@ -101,7 +101,7 @@ class PairModel(nn.Module):
             return nn.Linear(width, config.embed_dim, bias=config.projection_bias)
         if width != config.embed_dim:
             raise ValueError(
-                f"--model.embed_dim {config.embed_dim}: with --model.{tower}.projection none the embedding is as long "
+                f"model.embed_dim {config.embed_dim}: with model.{tower}.projection none the embedding is as long "
                 f"as the features of {getattr(config, tower).name}; set it to {width}"
             )
         return nn.Identity()
@@ -245,8 +245,8 @@ def _check_dropout(tower: ImageTower, config: ModelConfig) -> None:
     """With a synchronized norm all images of a rank go through together, so dropout depends on how many there are."""
     if config.image.norm == "sync_batch" and config.image.locked_until >= 0 and has_dropout(tower):
         raise ValueError(
-            f"--model.image.norm sync_batch: {config.image.name} has dropout, which would be another one on another "
-            "number of processes; take --model.image.norm batch, or a tower without dropout, such as resnet50"
+            f"model.image.norm sync_batch: {config.image.name} has dropout, which would be another one on another "
+            "number of processes; take model.image.norm batch, or a tower without dropout, such as resnet50"
         )
 
 
@@ -272,7 +272,7 @@ def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], 
         )
     if config.data.max_tokens > model.text.max_tokens:
         raise ValueError(
-            f"--data.max_tokens {config.data.max_tokens} is more than the {model.text.max_tokens} positions of "
+            f"data.max_tokens {config.data.max_tokens} is more than the {model.text.max_tokens} positions of "
             f"{config.model.text.name}; set it to at most that"
         )
     return model

@@ -22,7 +22,7 @@ from train import distributed
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
 TEXT_REMEDY = (
-    "give a directory with its config.json and model.safetensors; --model.text.weights scratch needs the config.json "
+    "give a directory with its config.json and model.safetensors; model.text.weights scratch needs the config.json "
     "alone, and no file at all for bert-base-uncased"
 )
 
@@ -36,19 +36,19 @@ def read_state_dict(weights: str) -> dict[str, Tensor] | None:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    flag, path = f"--model.image.weights {weights}", Path(weights)
+    given, path = f"model.image.weights {weights}", Path(weights)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         return None
     if not path.is_file():
-        raise ValueError(f"{flag}: no such file")
+        raise ValueError(f"{given}: no such file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # each format has its own kinds of damage
-        raise ValueError(f"{flag} cannot be read as a state dict: {error}") from error
+        raise ValueError(f"{given} cannot be read as a state dict: {error}") from error
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{flag} is not a state dict: expected tensors by parameter name")
+        raise ValueError(f"{given} is not a state dict: expected tensors by parameter name")
     return state
 
 
@@ -58,16 +58,16 @@ def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has none of that name, or they cannot be fetched.
     """
-    flag = f"--model.image.weights {weights}"
+    given = f"model.image.weights {weights}"
     members = torchvision.models.get_model_weights(model).__members__
     if weights not in members:
         known = ", ".join(["scratch", *members])
-        raise ValueError(f"{flag}: {model} has {known}; or give a local .safetensors or .pth file")
+        raise ValueError(f"{given}: {model} has {known}; or give a local .safetensors or .pth file")
     try:
         return members[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         remedy = "give a local .safetensors or .pth file, or scratch"
-        raise ValueError(f"{flag} cannot be fetched from {members[weights].url} ({error}): {remedy}") from error
+        raise ValueError(f"{given} cannot be fetched from {members[weights].url} ({error}): {remedy}") from error
 
 
 def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
@@ -80,11 +80,11 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has no such tag, or it cannot be fetched.
     """
-    flag = f"--model.image.weights {weights}"
+    given = f"model.image.weights {weights}"
     tags = [full.partition(".")[2] for full in timm.list_pretrained([model, f"{model}.*"])]
     known = f"the tags of timm/{model} are {', '.join(tags)}" if tags else f"timm has no weights of {model}"
     if not tags or weights not in ("DEFAULT", *tags):
-        raise ValueError(f"{flag}: {known}; give DEFAULT, a tag, scratch, or a local .safetensors or .pth file")
+        raise ValueError(f"{given}: {known}; give DEFAULT, a tag, scratch, or a local .safetensors or .pth file")
     source = timm.models.get_pretrained_cfg(model if weights == "DEFAULT" else f"{model}.{weights}")
     page = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
     try:
@@ -94,8 +94,8 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
         return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
         raise ValueError(
-            f"{flag} cannot be fetched from {page} ({error}): copy the model.safetensors that is there to this machine "
-            f"and set --model.image.weights to its path, or to scratch; {known}"
+            f"{given} cannot be fetched from {page} ({error}): copy the model.safetensors there to this machine "
+            f"and set model.image.weights to its path, or to scratch; {known}"
         ) from error
 
 
@@ -114,7 +114,7 @@ def load_weights(
     module: nn.Module,
     state: dict[str, Tensor],
     by_name: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    flag: str,
+    given: str,
     model: str,
 ) -> None:
     """Puts the tensors of a state dict into a module: all of them by name, or else all of them in their order.
@@ -124,7 +124,7 @@ def load_weights(
 
     Args:
         by_name: makes the module's names of the file's, and leaves the classifier out.
-        flag: the option that named the file, with its value.
+        given: the field that named the file, with its value.
         model: `model.image.name`.
 
     Raises:
@@ -140,10 +140,10 @@ def load_weights(
     if problem:
         named = _in_order(own, state)
         if not named:
-            raise ValueError(f"{flag} are not weights of {model}: {problem}")
+            raise ValueError(f"{given} are not weights of {model}: {problem}")
         if distributed.is_main():
             print(
-                f"{flag}: the {len(named)} tensors have other names than those of {model}; "
+                f"{given}: the {len(named)} tensors have other names than those of {model}; "
                 "they were matched in order, each by its shape",
                 file=sys.stderr,
                 flush=True,
@@ -199,15 +199,15 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
             return load(name, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # each file format has its own kinds of damage
             if Path(name).is_dir():
-                problem = f"--model.text.name {name}: cannot be loaded from this directory: {first_line(error)}"
+                problem = f"model.text.name {name}: cannot be loaded from this directory: {first_line(error)}"
                 raise ValueError(problem) from error
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ValueError(f"--model.text.name {name}: no such directory; {TEXT_REMEDY}")
+            raise ValueError(f"model.text.name {name}: no such directory; {TEXT_REMEDY}")
         try:
             ask_hub(name)
             return load(name, trust_remote_code=False)
         except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
-            problem = f"--model.text.name {name} cannot be had from the Hugging Face hub ({first_line(error)})"
+            problem = f"model.text.name {name} cannot be had from the Hugging Face hub ({first_line(error)})"
             raise ValueError(f"{problem}; {TEXT_REMEDY}") from error
 
 

@@ -48,11 +48,11 @@ class TextTower(nn.Module):
         self.max_tokens = _positions(self.encoder)
         self.blocks = [f"encoder.{name}" for name in _transformer_layers(self.encoder)]
         if not self.blocks:
-            raise ValueError(f"--model.text.name {config.name}: no transformer layers found; use a BERT-family encoder")
+            raise ValueError(f"model.text.name {config.name}: no transformer layers found; use a BERT-family encoder")
         if config.locked_layers > len(self.blocks):
             raise ValueError(
-                f"--model.text.locked_layers {config.locked_layers}: {config.name} has {len(self.blocks)} layers; give "
-                "at most that, or --model.text.locked_until -1 for a tower that never learns"
+                f"model.text.locked_layers {config.locked_layers}: {config.name} has {len(self.blocks)} layers; give "
+                "at most that, or model.text.locked_until -1 for a tower that never learns"
             )
         lock(self, self.blocks[: config.locked_layers])
         if config.checkpointing:
@@ -105,7 +105,7 @@ def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
     # What shows the family is the objective: encoders that see the whole caption are trained on masked words.
     family = not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not family or type(config) not in transformers.MODEL_MAPPING or not hasattr(config, "hidden_size"):
-        raise ValueError(f"--model.text.name {name} is of type {config.model_type}: use an encoder of the BERT family")
+        raise ValueError(f"model.text.name {name} is of type {config.model_type}: use an encoder of the BERT family")
     encoder_class: Any = transformers.MODEL_MAPPING[type(config)]
     options: dict = {}
     if "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters:
@@ -120,8 +120,8 @@ def _build_encoder(name: str, pretrained: bool) -> transformers.PreTrainedModel:
     problems = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if problems:
         raise ValueError(
-            f"--model.text.name {name}: its weights file lacks {len(problems)} tensors of {encoder_class.__name__} "
-            f"({problems[0]} ...); use matching files, or --model.text.weights scratch"
+            f"model.text.name {name}: its weights file lacks {len(problems)} tensors of {encoder_class.__name__} "
+            f"({problems[0]} ...); use matching files, or model.text.weights scratch"
         )
     return encoder
 

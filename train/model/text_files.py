@@ -57,18 +57,18 @@ def another_text(given: RunConfig, before: RunConfig, directory: Path) -> str:
     own = with_own_text(before, directory)
     now, then = given.model.text, before.model.text
     parts = (
-        ("--model.text.name", now.name, then.name, lambda name: architecture(name, now.weights == "pretrained")),
+        ("model.text.name", now.name, then.name, lambda name: architecture(name, now.weights == "pretrained")),
         (
-            "--model.text.tokenizer",
+            "model.text.tokenizer",
             tokenizer_name(given),
             tokenizer_name(before),
             lambda name: {"vocabulary and rules": Tokenizer(name, given.data.max_tokens).identity()},
         ),
     )
-    for (flag, name, old, content), saved in zip(parts, (own.model.text.name, tokenizer_name(own)), strict=True):
+    for (field, name, old, content), saved in zip(parts, (own.model.text.name, tokenizer_name(own)), strict=True):
         if own is before:
             if name != old:
-                return f"{flag} {name}: the run was trained with {old}, of which {directory} holds no copy; give that"
+                return f"{field} {name}: the run was trained with {old}, of which {directory} holds no copy; give that"
             continue
         if name == old and not Path(name).is_dir():
             continue
@@ -85,5 +85,5 @@ def another_text(given: RunConfig, before: RunConfig, directory: Path) -> str:
             if kept.get(key) != found.get(key)
         ]
         if changed:
-            return f"{flag} {name} is not what {directory} was trained with:\n  " + "\n  ".join(changed)
+            return f"{field} {name} is not what {directory} was trained with:\n  " + "\n  ".join(changed)
     return ""

@@ -37,7 +37,7 @@ SECTIONS = (
         "Each card: a held-out image and the nearest of all {n_texts:.0f} held-out texts. Right ones are green.",
     ),
     ("Recall", "recall.png", "Share of queries that have the right answer among their first 1, 5 and 10, in percent."),
-    ("Other evaluations", "tasks.png", "Each of --eval.tasks over the steps."),
+    ("Other evaluations", "tasks.png", "Each of eval.tasks over the steps."),
     ("Loss", "loss.png", "Every step, and the moving average. Chance is what features that know nothing would get."),
     ("Training", "training.png", ""),
     (

@@ -43,9 +43,9 @@ def open_run(config: RunConfig) -> Iterator[Path]:
                 if stack.enter_context(_locked(run_dir)):
                     problem = _claim(run_dir, config)
                 else:
-                    problem = f"--name {config.name}: another process is training in {run_dir}: stop it or wait for it"
+                    problem = f"name {config.name}: another process is training in {run_dir}: stop it or wait for it"
             except (OSError, ValueError) as error:
-                problem = f"--runs_dir, --name: {run_dir} cannot be used: {error}"
+                problem = f"runs_dir, `name`: {run_dir} cannot be used: {error}"
         if problem := distributed.broadcast_object(problem):
             raise ValueError(problem)
         yield run_dir
@@ -71,7 +71,7 @@ def record_config(run_dir: Path, config: RunConfig) -> None:
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
     """Why this configuration may not use the directory; None where it may."""
     if conflict := conflict_with(run_dir, config):
-        return f"{conflict}\nChoose another --name, or set these fields back to resume that run."
+        return f"{conflict}\nChoose another `name`, or set these fields back to resume that run."
     return _lost_checkpoints(run_dir, config)
 
 
@@ -80,11 +80,11 @@ def conflict_with(run_dir: Path, config: RunConfig) -> str:
     path = run_dir / CONFIG
     changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
     lines = "\n  ".join(line for line in changed if not line.startswith(BY_CONTENT))
-    return f"--name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if lines else ""
+    return f"name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if lines else ""
 
 
 def _lost_checkpoints(run_dir: Path, config: RunConfig) -> str | None:
-    """That the run had checkpoints of which none is left: to begin again would erase its metrics. None: all is well."""
+    """What to say where a run's checkpoints are all gone, since beginning again would erase its metrics; else None."""
     checkpoints, path = run_dir / "checkpoints", run_dir / CONFIG
     if read_results(run_dir) or any(checkpoints.glob("step_*")) or not path.is_file():
         return None
@@ -94,8 +94,8 @@ def _lost_checkpoints(run_dir: Path, config: RunConfig) -> str | None:
     if not ((checkpoints / "latest").is_file() or step > every > 0):
         return None
     return (
-        f"--name {config.name}: {run_dir / METRICS} has {step} steps, but there is no checkpoint in {checkpoints}. Put "
-        f"the checkpoints back to resume, choose another --name, or move {run_dir} away to begin again under this one"
+        f"name {config.name}: {run_dir / METRICS} has {step} steps, but there is no checkpoint in {checkpoints}. Put "
+        f"the checkpoints back to resume, choose another `name`, or move {run_dir} away to begin again under this one"
     )
 
 

@@ -117,12 +117,12 @@ class Term(ABC):
         """
 
 
-def check_weight(flag: str, weight: float, tower: str, locked_until: int) -> None:
+def check_weight(field: str, weight: float, tower: str, locked_until: int) -> None:
     """Raises ValueError where a term's weight is below 0, or the only tower that the term trains never learns."""
     if weight < 0:
-        raise ValueError(f"--{flag} is {weight}: a weight, 0 is off")
+        raise ValueError(f"{field} is {weight}: a weight, 0 is off")
     if weight and locked_until < 0:
         raise ValueError(
-            f"--{flag} is {weight}, but --model.{tower}.locked_until -1 keeps the tower from learning: set one of them "
+            f"{field} is {weight}, but model.{tower}.locked_until -1 keeps the tower from learning: set one of them "
             "to 0"
         )

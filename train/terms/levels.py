@@ -48,17 +48,17 @@ class Levels(Term):
         config, embed_dim = self.config.multiscale, self.config.embed_dim
         for name in ("fuse", "cross_level"):
             if getattr(config, name) and not config.enabled:
-                raise ValueError(f"--model.multiscale.{name} needs --model.multiscale.enabled true")
+                raise ValueError(f"model.multiscale.{name} needs model.multiscale.enabled true")
         if not config.enabled:
             return
         if config.heads < 1 or embed_dim % config.heads:
             raise ValueError(
-                f"--model.multiscale.heads {config.heads} does not divide --model.embed_dim {embed_dim}; "
+                f"model.multiscale.heads {config.heads} does not divide model.embed_dim {embed_dim}; "
                 f"try {max(heads for heads in range(1, 9) if embed_dim % heads == 0)}"
             )
         for name in ("weight", "evenness"):
             if not getattr(config, name) > 0:
-                raise ValueError(f"--model.multiscale.{name} {getattr(config, name)} must be above 0")
+                raise ValueError(f"model.multiscale.{name} {getattr(config, name)} must be above 0")
 
     def heads(self, pair: Any) -> dict[str, Heads]:
         """Side heads, and what their losses learn: weights, and scales of their own.
@@ -203,12 +203,12 @@ def image_taps(tower: Any, config: MultiscaleConfig, model: str) -> list[str]:
         parts = [name.removeprefix("backbone.") for name in tower.blocks] or known
         examples = ", ".join(parts[i * len(parts) // STAGES - 1] for i in range(1, STAGES + 1))
         raise ValueError(
-            f"--model.multiscale.image_stages: {model} is not made of {STAGES} stages or more; "
+            f"model.multiscale.image_stages: {model} is not made of {STAGES} stages or more; "
             f"name the modules of its levels, such as {examples}"
         )
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
-            f"--model.multiscale.image_stages {unknown[0]}: {model} has no such module; "
+            f"model.multiscale.image_stages {unknown[0]}: {model} has no such module; "
             f"its stages are {', '.join(tower.stages)}"
         )
     return [f"backbone.{name}" for name in names]
@@ -224,11 +224,11 @@ def text_taps(tower: Any, config: MultiscaleConfig, levels: int) -> list[str]:
     numbers = config.text_layers or [-(-level * count // levels) for level in range(1, levels + 1)]
     if len(numbers) != levels:
         raise ValueError(
-            f"--model.multiscale.text_layers has {len(numbers)} layers for {levels} image stages: "
+            f"model.multiscale.text_layers has {len(numbers)} layers for {levels} image stages: "
             "level i is stage i with layer i, so give as many"
         )
     if wrong := [number for number in numbers if not 1 <= number <= count]:
-        raise ValueError(f"--model.multiscale.text_layers {wrong[0]}: the text tower has layers 1 to {count}")
+        raise ValueError(f"model.multiscale.text_layers {wrong[0]}: the text tower has layers 1 to {count}")
     return [tower.blocks[number - 1] for number in numbers]
 
 
@@ -256,7 +256,7 @@ def widths(tower: Any, names: Sequence[str], *inputs: Tensor) -> list[int]:
     for name, x in positions.items():
         if x.ndim != 3:
             raise ValueError(
-                f"--model.multiscale.image_stages {name.removeprefix('backbone.')} puts out {list(x.shape)}: "
+                f"model.multiscale.image_stages {name.removeprefix('backbone.')} puts out {list(x.shape)}: "
                 "a map [B, C, H, W] or tokens [B, N, C] are needed; choose a stage or a block"
             )
     return [positions[name].shape[2] for name in names]

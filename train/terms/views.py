@@ -35,7 +35,7 @@ class Views(Term):
         check_weight("model.self_supervision.image", options.image, "image", self.config.image.locked_until)
         for name in ("hidden", "dim", "temperature"):
             if not getattr(options, name) > 0:
-                raise ValueError(f"--model.self_supervision.{name} is {getattr(options, name)}: it must be above 0")
+                raise ValueError(f"model.self_supervision.{name} is {getattr(options, name)}: it must be above 0")
 
     def extras(self) -> dict[str, Any]:
         return {"second_view": True}

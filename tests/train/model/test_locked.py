@@ -75,7 +75,7 @@ def test_more_than_there_are_is_refused(tmp_path: Path, tower: str, field: str, 
     setattr(getattr(config.model, tower), field, count)
     build_model(config, (0.5,) * 3, (0.25,) * 3)
     setattr(getattr(config.model, tower), field, count + 1)
-    with pytest.raises(ValueError, match=rf"--model\.{tower}\.{field} {count + 1}: .* has {count} .*locked_until -1"):
+    with pytest.raises(ValueError, match=rf"^model\.{tower}\.{field} {count + 1}: .* has {count} .*locked_until -1"):
         build_model(config, (0.5,) * 3, (0.25,) * 3)
 
 

@@ -237,7 +237,7 @@ def test_the_blank_micro_batch_goes_through(config):
 
 def test_captions_longer_than_the_text_towers_positions_are_refused(config):
     config.data.max_tokens = 33
-    with pytest.raises(ValueError, match=r"--data\.max_tokens 33 is more than the 32 positions"):
+    with pytest.raises(ValueError, match=r"^data\.max_tokens 33 is more than the 32 positions"):
         build_model(config, MEAN, STD)
 
 
@@ -289,7 +289,7 @@ def test_synchronized_norm_sees_all_micro_batches_of_all_ranks(config):
 
 def test_synchronized_norm_refuses_a_tower_whose_dropout_would_depend_on_the_number_of_processes(config):
     config.model.image.name, config.model.image.norm = "mobilenet_v3_small", "sync_batch"
-    with pytest.raises(ValueError, match=r"--model\.image\.norm sync_batch: mobilenet_v3_small has dropout"):
+    with pytest.raises(ValueError, match=r"^model\.image\.norm sync_batch: mobilenet_v3_small has dropout"):
         build_model(config, MEAN, STD)
     config.model.image.locked_until = -1
     build_model(config, MEAN, STD)

@@ -43,6 +43,6 @@ def parts_of_text(model: PairModel, config) -> set[str]:
 @pytest.mark.parametrize(("tower", "width"), [("image", 512), ("text", 32)])
 def test_an_embedding_of_another_length_than_the_features_is_refused(config, tower, width):
     getattr(config.model, tower).projection = "none"
-    message = rf"--model\.embed_dim 16: with --model\.{tower}\.projection none .* set it to {width}"
+    message = rf"^model\.embed_dim 16: with model\.{tower}\.projection none .* set it to {width}"
     with pytest.raises(ValueError, match=message):
         build_model(config, MEAN, STD)

@@ -91,7 +91,7 @@ def test_bert_base_from_scratch_needs_no_files(monkeypatch):
 @pytest.mark.parametrize("weights", ["pretrained", "scratch"])
 def test_a_hub_that_cannot_be_reached_is_said_within_seconds(weights):
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"--model\.text\.name nobody/nothing-of-that-name .* give a directory"):
+    with pytest.raises(ValueError, match=r"^model\.text\.name nobody/nothing-of-that-name .* give a directory"):
         TextTower(TextTowerConfig(name="nobody/nothing-of-that-name", weights=weights))
     assert time.monotonic() - start < 15
 
@@ -100,7 +100,7 @@ def test_text_towers_that_cannot_be_built(tmp_path, bert):
     def refused(name, match, **options):
         with pytest.raises(ValueError, match=match) as caught:
             TextTower(TextTowerConfig(name=str(name), **options))
-        assert f"--model.text.name {name}" in str(caught.value)
+        assert f"model.text.name {name}" in str(caught.value)
 
     refused(tmp_path / "nowhere", "no such directory; give a directory with its config.json")
     refused(tmp_path, "cannot be loaded from this directory")
