@@ -203,7 +203,7 @@ _HISTOGRAMS = ("width", "height", "image_bytes", "captions_per_image", "caption_
 
 
 def _digest(data: bytes) -> str:
-    """64 bits of a hash, hexadecimal; 10 million different images collide with a chance of 3 in a million."""
+    """64 bits of a hash, hexadecimal; 10 million different images collide with probability 3e-6."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 

@@ -132,7 +132,7 @@ def _manifest_path(urls: Sequence[str], out: Path | None) -> Path:
         raise ValueError("--out: say where the manifest goes; it cannot be written beside remote shards")
     folders = sorted({str(Path(url).parent) for url in urls})
     if len(folders) > 1:
-        raise ValueError(f"--out: say where the manifest goes; the shards lie in {', '.join(folders)}")
+        raise ValueError(f"--out: say where the manifest goes; the shards are in {', '.join(folders)}")
     return Path(folders[0]) / FILE_NAME
 
 

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     encoding = Encoding(args.resize, args.format.upper(), args.quality, args.max_pixels)
     out = args.out.expanduser().absolute()
     if table.recursive and out.resolve().is_relative_to(table.folder.resolve()):
-        raise ValueError(f"OUT: {out} lies inside INPUT {table.folder}; choose a directory outside of it")
+        raise ValueError(f"OUT: {out} is inside INPUT {table.folder}; choose a directory outside of it")
     out.mkdir(parents=True, exist_ok=True)
     # Two packs into one directory would overwrite each other's shards.
     with alone_in(out, f"OUT: another pack is writing to {out}; wait for it or choose another directory"):

@@ -236,7 +236,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _class(value: Any, column: str) -> str:
-    """A class is a whole number, of which pandas makes 3.0 where another cell is empty, or a name."""
+    """A class is a name or a whole number, which pandas turns into 3.0 where another cell is empty."""
     name = " ".join(encodable(str(value)).split())
     if _is_missing(value) or not name:
         raise ValueError(f"no class in column {column!r}")

@@ -74,7 +74,7 @@ def concepts(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 
 def place(text: str) -> float:
-    """Where a text falls in [0, 1): the first 8 bytes of its sha256 as a fraction. The same everywhere, for ever."""
+    """Where a text falls in [0, 1): the first 8 bytes of its sha256 as a fraction. Always the same."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 

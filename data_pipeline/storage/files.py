@@ -90,7 +90,7 @@ def alone_in(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, hidden ones left out. Links are followed, but not to a directory that they lie in.
+    """Every file below a folder, hidden ones left out. Links are followed, but not to a directory that they are in.
 
     Raises ValueError naming a directory that cannot be read: passed over, it would be missing without a word.
     """
@@ -104,7 +104,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _loops(folder: Path, path: Path) -> bool:
-    """Whether `path`, below `folder`, is a link to a directory that it lies in."""
+    """Whether `path`, below `folder`, is a link to a directory that it is in."""
     if not path.is_symlink():
         return False
     return any(path.samefile(parent) for parent in path.parents if parent == folder or folder in parent.parents)

@@ -1,4 +1,4 @@
-"""Where the samples of a tar shard stand in it: read from every header once, kept beside the shard.
+"""Where in a tar shard its samples are: read from every header once, kept beside the shard.
 
 A sample is the members that share a key: the member's path up to the first dot of its file name; the rest is the
 extension, in lower case (webdataset's convention). A tar that is damaged or cut short is refused by name: reading on

@@ -155,7 +155,7 @@ def has_key(base_url: str, hosted: str = "") -> bool:
     """Whether W&B finds a key without asking: in WANDB_API_KEY, an identity token file, or the netrc file.
 
     Args:
-        hosted: the address of the hosted service, whose keys may also stand under its older name.
+        hosted: the address of the hosted service, whose keys may also be under its older name.
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -24,7 +24,7 @@ class Table:
 
     columns: list[str]
     recursive = False
-    """Whether all that lies below `folder` is part of the table."""
+    """Whether all that is below `folder` is part of the table."""
     key: str | None = None
     """The column that names the samples where the user gives none."""
     probed = False

@@ -39,7 +39,7 @@ class DelimitedTable(Table):
         self._width = len(self.columns)
 
     def _guess(self, path: Path) -> str:
-        """The delimiter of which the header has most; a .tsv has tabs."""
+        """The delimiter that the header has most of; a .tsv has tabs."""
         if path.suffix.lower() == ".tsv":
             return "\t"
         header = next((line for line in self._physical() if line.strip()), "")

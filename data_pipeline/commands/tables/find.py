@@ -19,7 +19,7 @@ KINDS = (
 )
 SPLITS = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "captions.txt", "captions.csv", "results.csv")
-"""Tables that stand in a folder for the images in it (imagefolder of Hugging Face, Flickr8k, Flickr30k)."""
+"""Tables that describe the images of the folder they are in (imagefolder of Hugging Face, Flickr8k, Flickr30k)."""
 
 
 def open_table(path: str | Path, split: str = "", *, delimiter: str = "", caption_rule: str = WHOLE) -> Table:

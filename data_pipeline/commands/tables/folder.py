@@ -39,7 +39,7 @@ class FolderTable(Table):
         suffixes = (*IMAGE_SUFFIXES, ".txt", ".json")
         files = [str(file.relative_to(folder)) for file in files_below(folder) if file.name.lower().endswith(suffixes)]
         files = [name for name in files if name not in left_out]
-        # By stem first: an image and its side-cars stand together.
+        # By stem first: an image and its side-cars are neighbours.
         for name in sorted(files, key=os.path.splitext):
             self.stems.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122
         super().__init__([folder / name for name in sorted(files)], folder)

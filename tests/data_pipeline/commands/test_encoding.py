@@ -12,7 +12,7 @@ from tests.support.pictures import tiny_image
 
 
 def encoded(image, *, resize=0, form="KEEP"):
-    """What becomes of an image (bytes or a path), which stands between two good ones."""
+    """What becomes of an image (bytes or a path), which is between two good ones."""
     images = [tiny_image(1), image, tiny_image(2)]
     rows = [Row(number, number + 1, str(number), each, ("text",), None, "") for number, each in enumerate(images)]
     before, result, after = encode_rows(rows, Encoding(resize, form, 90, MAX_PIXELS))

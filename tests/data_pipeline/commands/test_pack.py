@@ -252,7 +252,7 @@ def test_other_options_other_input_and_other_shards_are_refused(folder, tmp_path
     (out / "shard-000000.tar").unlink()
     write_csv(table, RECORDS)
     assert run_pack(folder, folder / "inside") == 2
-    assert "lies inside INPUT" in capsys.readouterr().err
+    assert "is inside INPUT" in capsys.readouterr().err
 
 
 def test_a_shard_that_vanished_is_noticed(folder, tmp_path, capsys):

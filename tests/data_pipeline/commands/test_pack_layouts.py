@@ -9,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from data_pipeline.commands.tables.find import TABLES
 from data_pipeline.storage.manifest import load_manifest
 from tests.support.pack_inputs import run_pack, samples, skipped
 from tests.support.pictures import tiny_image
@@ -64,16 +65,12 @@ COCO = {
         ("metadata.jsonl", '{"file_name": "images/a.jpg", "text": "one"}', [], [["one"]]),
     ],
 )
-@pytest.mark.parametrize("given", ["the file", "the folder"])
-def test_tables(data, tmp_path, name, content, flags, expected, given):
+def test_tables(data, tmp_path, name, content, flags, expected):
     (data / name).write_text(content)
     flags = [str(data / flag) if flag == "images" else flag for flag in flags]
-    if given == "the folder":
-        if name[0] not in "mrc" or name == "coco.json":
-            pytest.skip("not a name that a folder's table has")
-        assert packed(data, tmp_path / "out", *flags) == expected
-    else:
-        assert packed(data / name, tmp_path / "out", *flags) == expected
+    assert packed(data / name, tmp_path / "file", *flags) == expected
+    if name in TABLES:  # found in the folder that it describes
+        assert packed(data, tmp_path / "folder", *flags) == expected
 
 
 def test_quotes_in_a_tsv_are_letters_unless_they_open_and_close_the_field(data, tmp_path):

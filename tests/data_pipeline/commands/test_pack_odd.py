@@ -177,7 +177,7 @@ def test_out_inside_the_input_is_refused_behind_a_link_too(tmp_path, capsys):
     (tmp_path / "link").symlink_to("in")
     for source, out in (("in", "link/out"), ("link", "in/out")):
         assert run_pack(tmp_path / source, tmp_path / out) == 2
-        assert "lies inside INPUT" in capsys.readouterr().err
+        assert "is inside INPUT" in capsys.readouterr().err
     assert not (tmp_path / "in/out").exists()
 
 

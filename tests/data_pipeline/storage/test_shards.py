@@ -101,9 +101,9 @@ def test_no_index_is_kept_where_it_cannot_be_written(tmp_path):
 
 
 def read_many(reader, expected, seed):
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     for _ in range(300):
-        index = chance.randrange(len(expected))
+        index = generator.randrange(len(expected))
         assert reader.raw(index)["jpg"] == expected[index][1]["jpg"]
 
 

@@ -112,7 +112,7 @@ def test_no_single_bit_of_a_header_changes_what_is_read(write, tmp_path):
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_damage_in_long_names_is_refused_or_leaves_samples_readable(form, tmp_path):
-    """Long names stand in blocks without a checksum: the manifest's sha256 covers them, and nothing here may crash."""
+    """Long names are in blocks without a checksum: the manifest's sha256 covers them, and nothing here may crash."""
     path = write_tar(tmp_path / "a.tar", [(f"{LONG}.jpg", b"i"), (f"{LONG}.txt", b"t")], form=form)
     data = path.read_bytes()
     end = data.rindex(LONG[:80].encode()) + 300
