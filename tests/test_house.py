@@ -23,7 +23,7 @@ ROWS = (
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
     ("train.step", "train.evaluation"),
-    ("train.report", "train.evaluate", "train.checks"),
+    ("train.report", "train.evaluate", "train.checks", "train.export"),
     ("train.loop",),
     ("data_pipeline", "train"),
     ("train.examples", "data_pipeline.__main__", "train.__main__"),

@@ -1,0 +1,33 @@
+"""ONNX files: verified from image files on, of free batch and length, in two precisions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.export.__main__ import main
+from train.export.source import load_source
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def test_both_precisions_take_any_batch_and_length(run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["--run", str(run), "--to", "onnx", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "fp32: least cosine" in said and "fp16: least cosine" in said
+    source, generator = load_source(run), torch.Generator().manual_seed(0)
+    images_BCHW = torch.randint(0, 256, (5, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    ids_BL = torch.randint(5, 50, (3, 19), generator=generator)
+    mask_BL = (torch.arange(19) < torch.tensor([[19], [7], [2]])).long()
+    with torch.no_grad():
+        wanted = source.model.encode_image(images_BCHW), source.model.encode_text(ids_BL, mask_BL)
+    given = {"images": images_BCHW.numpy()}, {"ids": ids_BL.numpy(), "mask": mask_BL.numpy()}
+    for suffix, tolerance in (("", 1e-5), ("_fp16", 5e-3)):
+        for name, inputs, wanted_BD in zip(("image", "text"), given, wanted, strict=True):
+            found = onnxruntime.InferenceSession(out / f"{name}{suffix}.onnx").run(None, inputs)[0]
+            assert found.dtype == np.float32
+            assert np.abs(found - wanted_BD.numpy()).max() < tolerance, name + suffix
+    assert (out / "image_fp16.onnx").stat().st_size < 0.6 * (out / "image.onnx").stat().st_size

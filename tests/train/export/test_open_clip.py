@@ -1,0 +1,73 @@
+"""open_clip, in an environment of its own below the cache directory, loads what is written for it."""
+
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.train.export.conftest import write_run
+from train.config import RunConfig
+from train.export.__main__ import main
+
+PACKAGES = ("open_clip_torch==3.3.0", "ftfy", "wcwidth")
+CLASSIFY = """
+import sys
+import open_clip, torch
+from PIL import Image
+
+name = f"local-dir:{sys.argv[1]}"
+model, _, preprocess = open_clip.create_model_and_transforms(name)
+tokens = open_clip.get_tokenizer(name)(["red", "a cat on the house", "two"])
+with torch.no_grad():
+    image = model.eval().encode_image(preprocess(Image.open(sys.argv[2]))[None], normalize=True)
+    print(*(image @ model.encode_text(tokens, normalize=True).T)[0].tolist(), float(model.logit_scale))
+"""
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """An interpreter with open_clip, and all else from this one's packages."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    directory = cache / "duet-tests" / "open_clip"
+    found = directory / "bin" / "python"
+    if not (directory / "complete").exists():
+        venv.create(directory, with_pip=True, clear=True)
+        (site,) = directory.glob("lib/python*/site-packages")
+        (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+        subprocess.run([found, "-m", "pip", "install", "-q", "--no-deps", *PACKAGES], check=True)
+        (directory / "complete").touch()
+    return str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_open_clip_loads_it_from_where_it_was_put(config: RunConfig, tmp_path: Path, python: str, capsys, kind) -> None:
+    given = replace(config, loss=replace(config.loss, kind=kind), runs_dir=str(tmp_path / "runs"))
+    run, out = write_run(given, steps=1), tmp_path / "out"
+    assert main(["--run", str(run), "--to", "open_clip", "--python", python, str(out)]) == 0
+    assert "open_clip: least cosine image 0.9999" in capsys.readouterr().out
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "a.png")
+    command = [python, "-I", "-c", CLASSIFY, str(out), str(tmp_path / "a.png")]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 4
+
+
+def test_a_crop_that_open_clip_does_not_make_is_refused(config: RunConfig, tmp_path: Path, capsys) -> None:
+    given = replace(config, data=replace(config.data, eval_crop=0.875), runs_dir=str(tmp_path / "runs"))
+    run = write_run(given, steps=1)
+    assert main(["--run", str(run), "--to", "open_clip", str(tmp_path / "out")]) == 2
+    assert "--data.eval_crop 0.875 cannot be expressed by the target open_clip" in capsys.readouterr().err
+
+
+def test_an_interpreter_without_open_clip_is_said(run: Path, tmp_path: Path, capsys) -> None:
+    for python, said in ((sys.executable, "No module named 'open_clip'"), ("/no/python", "No such file")):
+        assert main(["--run", str(run), "--to", "open_clip", "--python", python, str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())

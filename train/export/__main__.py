@@ -1,0 +1,50 @@
+"""A trained model in the form that other libraries read, verified while it is written.
+
+python -m train.export --run runs/quickstart --to torch OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train import cli
+from train.export import TARGETS
+
+OPTIONS = ("run", "step", "soup", "to", "python")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--to", required=True, help=f"{', '.join(TARGETS)}")
+    parser.add_argument("--step", default="", help="best, or a number of steps; default: the newest checkpoint")
+    parser.add_argument("--soup", default="", metavar="STEP,STEP", help="average the weights of these checkpoints")
+    parser.add_argument("--python", default="", help="open_clip: an interpreter that has it; default: this one")
+    parser.add_argument("out", metavar="OUT", help="directory that is not there yet")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user's mistake, or an export that differs from the model."""
+    options = make_parser().parse_args(argv)
+    try:
+        from train.export.source import load_source  # after parsing: --help answers without loading torch
+        from train.export.target import export, find_target
+
+        soup = options.soup.split(",") if options.soup else []
+        target = find_target(options.to, options.python)
+        lines = export(load_source(options.run, options.step, soup), target, Path(options.out))
+    except ValueError as error:
+        print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
+        return 2
+    print("\n".join([*lines, f"written: {options.out}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The model card of an export, filled from the run: nothing stands in it that the run does not say."""
+
+from __future__ import annotations
+
+import json
+
+from train import cli
+from train.export.source import Source
+from train.run.directory import read_results
+
+CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [image-text, contrastive, duet]
+---
+
+# {name}
+
+A pair of encoders, {image} for images and {text} for texts, trained contrastively to embed both in one space of
+{dim} dimensions. Written from {weights} of the run `{name}`.
+
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained(DIRECTORY), AutoProcessor.from_pretrained(DIRECTORY)
+inputs = processor(text=["a red flag", "a cat"], images=Image.open("photo.jpg"), padding=True, return_tensors="pt")
+print(model(**inputs).logits_per_image.softmax(-1))
+```
+
+## Data
+
+`{data}` (identity `{identity}`). For its licences, see those of the data itself.
+
+## Results
+
+{results}
+
+## Training
+
+{seen:,} pairs seen in {steps} steps, in {precision}, by the code of {code}.
+
+```yaml
+{config}```
+"""
+
+
+def model_card(source: Source) -> str:
+    """The card as Markdown."""
+    results, run = read_results(source.run), source.config
+    measured = (results or {}).get("val") or {}
+    return CARD.format(
+        name=run.name,
+        image=run.model.image.name,
+        text=run.model.text.name,
+        dim=run.model.embed_dim,
+        weights=_weights(source),
+        data=f"`{json.dumps(run.data.train, default=vars)}`"
+        if not isinstance(run.data.train, str)
+        else f"`{run.data.train}`",
+        identity=source.state.data_hash or "unknown",
+        results=_table(measured, run.data.val) if measured else "None were measured.",
+        seen=source.state.samples_seen,
+        steps=source.state.step,
+        precision={"bf16": "bf16 autocast", "no": "fp32"}.get(source.state.precision, "a precision that was not kept"),
+        code=source.state.code or "an unknown version",
+        config=cli.to_yaml(run),
+    )
+
+
+def _weights(source: Source) -> str:
+    kind = "the moving average of the weights" if source.averaged else "the weights"
+    steps = ", ".join(str(step) for step in source.steps)
+    return f"the mean of {kind} after steps {steps}" if len(source.steps) > 1 else f"{kind} after step {steps}"
+
+
+def _table(metrics: dict[str, float], data: str) -> str:
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    command = f"`python -m train.evaluate --run RUN --task retrieval --data {data}`"
+    return f"Of the finished run on held-out data, by {command}:\n\n| metric | value |\n|---|---|\n{rows}"

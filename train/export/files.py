@@ -1,0 +1,68 @@
+"""Files that several targets share: the tokenizer, a description of the model, and the preprocessing of images."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+from data_pipeline.samples import image as image_module
+from data_pipeline.samples.transforms import resize
+from train.export.source import Source
+from train.model.text_files import TOKENIZER
+
+PREPROCESSING = '''
+
+def load(path, size, share, background):
+    """An image file as uint8 [3, size, size]: the square in the middle, `share` of the shorter side, resized."""
+    with open(path, "rb") as file:
+        image = open_image(file.read())
+    crop = centre_crop(*oriented_size(image), share)
+    return resize(load_region(image, crop, size, background), size).permute(2, 0, 1)
+'''
+
+
+def write_inputs(source: Source, directory: Path, **more: object) -> None:
+    """What turns image files and captions into a model's inputs: tokenizer/, preprocessing.py and config.json."""
+    write_tokenizer(source, directory / TOKENIZER)
+    data = source.config.data
+    content = description(source) | {"eval_crop": data.eval_crop, "background": list(data.background), **more}
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    (directory / "preprocessing.py").write_text(preprocessing())
+
+
+def preprocessing() -> str:
+    """Source of a module whose `load` opens image files as Duet's evaluation does."""
+    source = inspect.getsource(image_module)
+    imports = "import numpy as np\nimport torch\nfrom PIL import Image\nfrom torch.nn import functional\n"
+    source = source.replace("import numpy as np\nfrom PIL import Image\n", imports)
+    return source + "\n\n" + inspect.getsource(resize).replace(" -> Tensor", "") + PREPROCESSING
+
+
+def description(source: Source) -> dict:
+    """What a reader of an export wants to know, as JSON."""
+    scale = source.model.log_scale.exp().item()
+    bias = source.model.logit_bias
+    return {
+        "embed_dim": source.config.model.embed_dim,
+        "image_size": source.model.image_size,
+        "max_tokens": source.config.data.max_tokens,
+        "mean": source.state.mean,
+        "std": source.state.std,
+        "logit_scale": scale,
+        "logit_bias": None if bias is None else bias.item(),
+        "image_tower": source.config.model.image.name,
+        "text_tower": source.config.model.text.name,
+        "steps": source.steps,
+        "averaged": source.averaged,
+        "data": source.state.data_hash,
+        "code": source.state.code,
+    }
+
+
+def write_tokenizer(source: Source, directory: Path) -> None:
+    """The tokenizer as transformers reads it."""
+    directory.mkdir(exist_ok=True)
+    for name, content in source.tokenizer.files().items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)

@@ -1,0 +1,121 @@
+"""Target `open_clip`: a directory for `open_clip.create_model_and_transforms("local-dir:OUT")`, without a network.
+
+    open_clip_config.json          both towers, and the preprocessing of images
+    open_clip_model.safetensors    weights, by open_clip's names
+    text/config.json               the text encoder's architecture
+    tokenizer.json ...             the tokenizer, for open_clip.get_tokenizer("local-dir:OUT")
+
+open_clip finds the text encoder by a full path: after moving OUT, change `hf_model_name` in open_clip_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from train.export.apart import embed_apart
+from train.export.files import write_tokenizer
+from train.export.pairs import ROUGH_TIE, Features
+from train.export.recipe import check_recipe, image_tensors, projection, refuse, text_tensors, timm_name
+from train.export.source import Source
+from train.export.target import Target
+from train.model.text_files import TEXT
+
+CONFIG = "open_clip_config.json"
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+EMBED = """
+import open_clip
+from PIL import Image
+
+name = f"local-dir:{directory}"
+model, _, preprocess = open_clip.create_model_and_transforms(name)
+model.eval()
+tokenizer = open_clip.get_tokenizer(name)
+
+
+def images(paths):
+    return model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths]))
+
+
+def texts(captions):
+    return model.encode_text(tokenizer(captions))
+"""
+
+
+class OpenClipTarget(Target):
+    """See the module. python: an interpreter that has open_clip; default: this one."""
+
+    def check(self, source: Source) -> None:
+        check_recipe("open_clip", source)
+        encoder = source.model.text.encoder.config
+        refuse(
+            "open_clip",
+            {
+                # It resizes the shorter side to the image size, and takes the middle.
+                f"data.eval_crop {source.config.data.eval_crop}": source.config.data.eval_crop != 1,
+                f"model.text.name of type {encoder.model_type}": encoder.model_type not in ENCODERS,
+                # It takes this token for padding, wherever it is.
+                f"model.text.tokenizer with padding token {source.tokenizer.pad_id}, the encoder's being "
+                f"{encoder.pad_token_id},": encoder.pad_token_id != source.tokenizer.pad_id,
+            },
+        )
+
+    def write(self, source: Source, directory: Path) -> None:
+        (directory / TEXT).mkdir()
+        (directory / TEXT / "config.json").write_bytes(source.model.text.config_file())
+        write_tokenizer(source, directory)
+        (directory / CONFIG).write_text(json.dumps(config(source, directory / TEXT), indent=2) + "\n")
+        model = source.model
+        tensors = image_tensors(source, "visual.trunk.") | text_tensors(source, "text.transformer.")
+        tensors["visual.head.proj.weight"] = projection(model.image_projection, model.image.width)
+        tensors["text.proj.weight"] = projection(model.text_projection, model.text.width)
+        tensors["logit_scale"] = model.log_scale.detach()[0]
+        if model.logit_bias is not None:
+            tensors["logit_bias"] = model.logit_bias.detach()[0]
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, directory / "open_clip_model.safetensors")
+
+    def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:
+        found = embed_apart(EMBED, self.python or sys.executable, directory, images, captions)
+        return {"open_clip": found._replace(tie=ROUGH_TIE)}
+
+    def settle(self, directory: Path, final: Path) -> None:
+        content = json.loads((directory / CONFIG).read_text())
+        content["model_cfg"]["text_cfg"]["hf_model_name"] = str(final.resolve() / TEXT)
+        (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def config(source: Source, text: Path) -> dict[str, Any]:
+    """open_clip's configuration; `text` is where the text encoder's config.json is."""
+    run, model = source.config, source.model
+    vision_cfg = {
+        "timm_model_name": timm_name(run.model.image.name),
+        "timm_model_pretrained": False,
+        "timm_pool": "",  # its own
+        "timm_proj": "linear",
+        "image_size": model.image_size,
+    }
+    text_cfg = {
+        "hf_model_name": str(text.resolve()),
+        "hf_model_pretrained": False,
+        "hf_tokenizer_name": "local",  # from this directory, whatever it says
+        "hf_pooler_type": POOLERS[run.model.text.pooling],
+        "hf_proj_type": "linear",
+        "context_length": run.data.max_tokens,
+    }
+    content: dict[str, Any] = {"embed_dim": run.model.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    if model.logit_bias is not None:
+        content["init_logit_bias"] = 0.0  # that there is one
+    pixels = {
+        "size": model.image_size,
+        "mean": source.state.mean,
+        "std": source.state.std,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    return {"model_cfg": content, "preprocess_cfg": pixels}

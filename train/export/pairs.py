@@ -1,0 +1,97 @@
+"""The check of every export: 64 image files and captions, embedded by Duet and by the target's own runtime.
+
+Shapes: N images, M captions, D embedding.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from data_pipeline.samples.transforms import eval_transform
+from train.export.source import Source
+
+COUNT, BATCH = 64, 16
+LEAST_COSINE = 0.9999
+TIE, ROUGH_TIE = 1e-4, 5e-3
+"""Similarities that differ by less have no order: of the same pixels in fp32; in fp16, or of pictures shrunk by other
+code, whose cosine of 0.9999 allows them to differ by 0.014."""
+
+WORDS = ("a", "the", "two", "red", "small", "cat", "ship", "tree", "of", "on", "house", "cloud", "7", "and", "old")
+
+
+class Features(NamedTuple):
+    """Unit vectors, and what counts as a tie between their similarities."""
+
+    image_ND: Tensor
+    text_MD: Tensor
+    tie: float = TIE
+
+
+def make_pairs(directory: Path, shorter: int) -> tuple[list[Path], list[str]]:
+    """The same pictures every time, of many sizes, as files in a new directory, and captions of many lengths.
+
+    Shrunk to `shorter` pixels on the shorter side, each has a longer one of whole pixels, and its middle starts at a
+    whole pixel: elsewhere the ways to crop are up to half a pixel apart, whichever is right.
+    """
+    rng = random.Random(0)
+    directory.mkdir(parents=True)
+    images, captions = [], []
+    for number in range(COUNT):
+        factor, longer = rng.choice((1, 2, 3, 4)), shorter + 2 * rng.randint(0, shorter // 2)
+        size = (shorter * factor, longer * factor) if rng.random() < 0.5 else (longer * factor, shorter * factor)
+        picture = Image.new("RGB", size, tuple(rng.randrange(256) for _ in "rgb"))
+        draw = ImageDraw.Draw(picture)
+        for _ in range(12):
+            x, y = (rng.randrange(side) for side in size)
+            shape = rng.choice((draw.ellipse, draw.rectangle))
+            end = tuple(start + rng.randint(1, side) for start, side in zip((x, y), size, strict=True))
+            shape(((x, y), end), fill=tuple(rng.randrange(256) for _ in "rgb"))
+        path = directory / f"{number:02d}.{('jpg', 'png')[number % 2]}"
+        # As soft as a photograph: at hard edges, two ways to shrink a picture differ most.
+        picture.filter(ImageFilter.GaussianBlur(factor)).save(path, quality=95)
+        images.append(path)
+        captions.append(" ".join(rng.choice(WORDS) for _ in range(rng.choice((1, 5, 9, 20, 200)))))
+    return images, captions
+
+
+def reference(source: Source, images: list[Path], captions: list[str]) -> Features:
+    """The embeddings as Duet's evaluation makes them."""
+    transform, model = eval_transform(source.config.data), source.model
+    image_NCHW = torch.stack([transform(path.read_bytes()) for path in images])
+    image_ND = torch.cat([model.encode_image(part) for part in image_NCHW.split(BATCH)])
+    texts = [source.tokenizer(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+    return Features(image_ND, torch.cat([model.encode_text(ids_BL, mask_BL) for ids_BL, mask_BL in texts]))
+
+
+def compare(name: str, wanted: Features, found: Features) -> str:
+    """A line that says how near the two are.
+
+    Raises:
+        ValueError: a cosine is below 0.9999, or candidates that are no ties are ranked otherwise.
+    """
+    cosines = {
+        "image": torch.cosine_similarity(wanted.image_ND, found.image_ND).min().item(),
+        "text": torch.cosine_similarity(wanted.text_MD, found.text_MD).min().item(),
+    }
+    for tower, cosine in cosines.items():
+        if not cosine >= LEAST_COSINE:  # NaN is not
+            raise ValueError(f"{name}: the least cosine of {tower} embeddings is {cosine:.6f}, below {LEAST_COSINE}")
+    before_NM, after_NM = (each.image_ND @ each.text_MD.T for each in (wanted, found))
+    swapped = max(_swapped(before_NM, after_NM), _swapped(before_NM.T, after_NM.T))
+    if swapped > found.tie:
+        raise ValueError(f"{name}: candidates are ranked otherwise whose similarities differ by {swapped:.6f}")
+    least = ", ".join(f"{tower} {cosine:.7f}" for tower, cosine in cosines.items())
+    return f"{name}: least cosine {least}; the same ranking of {COUNT} pairs"
+
+
+def _swapped(before_NM: Tensor, after_NM: Tensor) -> float:
+    """The largest difference between two similarities of a row that changed their order."""
+    ranked_NM = before_NM.gather(1, after_NM.argsort(1, descending=True))
+    best_later_NM = ranked_NM.flip(1).cummax(1).values.flip(1)
+    return (best_later_NM - ranked_NM).max().item()
