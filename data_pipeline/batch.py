@@ -63,7 +63,7 @@ class MicroBatch(_Batch):
 
 @dataclass
 class EvalBatch(_Batch):
-    """Images with all their captions, of which there may be none, in the order of the manifest."""
+    """Images with all their captions (some may have none), in the order of the manifest."""
 
     images_BCHW: Tensor
     """uint8, 0 to 255, RGB."""

@@ -26,7 +26,7 @@ class Source:
 
 @dataclass
 class AugmentConfig:
-    """Training augmentation: a named policy, any part of which can be set on its own."""
+    """Training augmentation: a named policy; each part of it can be set on its own."""
 
     policy: Literal["none", "light", "standard", "strong", "text_safe"] = "standard"
     """Named set of values for the fields below that are left at null (text_safe: no flips, no rotation)."""
@@ -57,7 +57,7 @@ class CaptionConfig:
     sample: Literal["random", "first"] = "random"
     """Which one of several captions a training sample uses."""
     templates: list[str] = field(default_factory=list)
-    """Sentences with one {} each, of which one is drawn per sample, such as "a drawing of {}"; empty: the caption."""
+    """Sentences with one {} each, such as "a drawing of {}": one is drawn per sample; empty: the caption alone."""
     template_probability: float = 0.5
     """Probability that a caption is put into a template, where there are any."""
     shuffle_keywords: bool = False

@@ -98,7 +98,7 @@ def stream_loader(
     if len(urls) < processes:
         raise ValueError(
             f"data.train {config.train} has {len(urls)} shards for {processes} loader processes ({world} ranks with "
-            f"data.workers {config.workers}), each of which streams shards of its own: lower data.workers, or use "
+            f"data.workers {config.workers}), and each needs shards of its own: lower data.workers, or use "
             f"data.mode indexed"
         )
     share = share_of(rank, world, global_batch, micro_batch, start_step, stop_step)

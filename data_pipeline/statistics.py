@@ -32,7 +32,7 @@ from data_pipeline.storage.shards import ShardReader
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, RGB in 0..1."""
 MEASURE_SIZE = 256
-"""Images with a longer shorter side than this, in pixels, are reduced to it before their pixels are counted."""
+"""Images whose shorter side is longer than this, in pixels, are reduced to it before their pixels are counted."""
 _READ = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
 EXAMPLES = 20
 """Bad samples that merged statistics name; all of them are counted."""
@@ -213,7 +213,7 @@ def _repeats(digests: list[np.ndarray]) -> int:
 
 
 def _distribution(counts: Counter[int]) -> dict[str, float]:
-    """Order statistics (the smallest value that at least this share of all is not above) and the mean."""
+    """Quantiles (the smallest value that at least this share of all values does not exceed) and the mean."""
     if not counts:
         return {}
     values = np.array(sorted(counts), dtype=np.int64)

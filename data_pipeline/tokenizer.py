@@ -53,7 +53,7 @@ class Tokenizer:
         return len(self._tokenizer)
 
     def identity(self) -> str:
-        """A hash of all that its ids are a function of, wherever it was loaded from."""
+        """A hash of everything that its ids depend on, wherever it was loaded from."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         rules: Mapping = self._tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         # Set by every call.
@@ -62,7 +62,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([content, ids], sort_keys=True).encode()).hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """Files by name, of a directory that `Tokenizer` makes this tokenizer of again; no path of this machine.
+        """The files, by name, of a directory that makes this tokenizer again when loaded; no path of this machine.
 
         Raises:
             ValueError: it becomes another one when it is saved and loaded.

@@ -15,7 +15,7 @@ healthy)
     newest=$(find runs -maxdepth 2 -name metrics.jsonl -printf '%T@\n' 2>/dev/null | sort -n | tail -n 1)
     # No run yet: the container is as healthy as its Python.
     [ -n "$newest" ] || exec python3 -c 'import torch, accelerate'
-    # A run that goes on after days has an old one until its first step.
+    # A run that resumes after days has an old one until its first step.
     started=$(python3 -c 'import psutil; print(int(psutil.Process(1).create_time()))')
     newest=${newest%.*}
     age=$(($(date +%s) - (newest > started ? newest : started)))

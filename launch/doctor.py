@@ -22,7 +22,7 @@ from train.engine.start import start
 def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """A check's findings, of each the worst among the ranks; the same list on every rank.
 
-    A check that breaks is itself a finding, and the other checks go on.
+    A check that breaks is itself a finding, and the other checks still run.
     """
     try:
         own = check()

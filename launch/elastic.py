@@ -1,8 +1,8 @@
 """A run on a range of hosts (--nodes LEAST:MOST): torchrun's elastic agent, for which accelerate has no option.
 
-When a host is lost, the others form a new group and go on from the newest checkpoint. When one comes (back), all save
-at the next step boundary and go on together. Each start deals the same micro-batches to the ranks that are there, so
-the curve stays the same. Host 0 holds the rendezvous: without it all end; the same commands start the run again.
+When a host is lost, the others form a new group and resume from the newest checkpoint. When one comes (back), all save
+at the next step boundary and resume together. Each start shares the same micro-batches among the ranks that are there,
+so the curve stays the same. Host 0 holds the rendezvous: without it all end; the same commands start the run again.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def worst(findings: Iterable[Finding]) -> Status:
 
 
 def table(findings: list[Finding]) -> str:
-    """A table for people; a remedy stands below its line."""
+    """A table for people; a remedy is below its line."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

@@ -8,7 +8,7 @@ usage() {
     cat <<TEXT
 Train on several hosts, by this command on each: ./launch/multinode.sh [options] --config RUN.yaml [--field value ...]
 
-  --nodes N          hosts; LEAST:MOST trains on those that are there: it goes on without a host that is lost, and
+  --nodes N          hosts; LEAST:MOST trains on those that are there: it resumes without a host that is lost, and
                      takes one in that comes (not host 0)
   --node_rank R      this host's number, 0 to N - 1; host 0 holds the rendezvous
   --address A        host 0's name or address, as the others reach it

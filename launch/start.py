@@ -151,7 +151,7 @@ def launch() -> None:
         code = error.returncode
     except (RendezvousError, DistError) as error:
         print(f"error: the hosts did not meet, or host 0 is lost: {error}", file=sys.stderr)
-        print("start the same command on every host again; a run goes on from its newest checkpoint", file=sys.stderr)
+        print("start the same command on every host again; a run resumes from its newest checkpoint", file=sys.stderr)
         code = 1
     except (ValueError, ConnectionError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -m 777 "$work/runs"
 volumes=(-v "$data:/work/data/demo:ro" -v "$work/runs:/work/runs")
-# It stands in the environment of the build, as a careless user would have it.
+# It is in the environment of the build, as a careless user would have it.
 WANDB_API_KEY=secret$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export WANDB_API_KEY
 

@@ -1,7 +1,7 @@
 """Every check of a configuration that needs neither data nor model: what a run, the doctor and `submit` refuse.
 
-`RANGES` are numbers whose type allows one that would spoil the run in silence; the rest are fields that do not fit
-each other, or the number of processes.
+`RANGES` holds numbers whose type allows values that would spoil the run in silence; the other checks are of fields that
+do not fit each other, or the number of processes.
 """
 
 from __future__ import annotations

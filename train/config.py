@@ -1,6 +1,6 @@
 """The run's configuration: dataclasses -> YAML -> command line. One docstring per field, with units.
 
-`accelerate_config.yaml` owns processes, precision and ZeRO; this owns the experiment; no knob stands in both.
+`accelerate_config.yaml` owns processes, precision and ZeRO; this owns the experiment; no knob is in both.
 Fields marked `machine` change where and how fast a run goes, never its curve.
 """
 

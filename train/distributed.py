@@ -46,7 +46,7 @@ def all_gather_rows(x_bD: Tensor) -> Tensor:
 
 
 def reduce_scatter_rows(grad_BD: Tensor) -> Tensor:
-    """[B, ...] on every rank -> [b, ...]: the sum over ranks, of which each rank gets its own rows."""
+    """[B, ...] on every rank -> [b, ...]: the sum over ranks; each rank gets its own rows of it."""
     world = world_size()
     assert grad_BD.shape[0] % world == 0, f"{grad_BD.shape[0]} rows over {world} ranks"
     rows = grad_BD.shape[0] // world

@@ -157,7 +157,7 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
 
 
 def finish(run: Run, found: dict[str, Evaluation]) -> int:
-    """Evaluate the finished model but for what is `found` already, write the report and mark the run as done."""
+    """Make the evaluations of the finished model that are not `found` yet, write the report, mark the run as done."""
     state, best = run.state, run.best
     if best.exhausted:
         run.tracker.message(
@@ -251,7 +251,7 @@ def follow(config: RunConfig, directory: Path, step: int) -> Best:
 
 
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
-    """What a checkpoint holds of a prepared engine, whose updates it notes in `state`; a collective."""
+    """What a checkpoint holds of a prepared engine; notes its updates in `state`; a collective."""
     state.updates = engine.updates()
     return Tensors(model=engine.weights(), optimizer=engine.moments(), ema=average.state())
 

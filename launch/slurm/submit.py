@@ -168,10 +168,10 @@ def describe_run(config: RunConfig) -> str:
     if conflict := conflict_with(directory, config):
         raise ValueError(conflict)
     if read_results(directory):
-        raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another name to train anew")
+        raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another to train again")
     if (found := checkpoint.newest(directory)) is not None:
         checkpoint.check_text(found, config)
-    return f"goes on in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"
+    return f"resumes in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"
 
 
 def sbatch_command(options: argparse.Namespace, train: list[str]) -> list[str]:
@@ -194,7 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.slurm.submit", description=__doc__, allow_abbrev=False)
     parser.add_argument("--nodes", default="1", help="nodes, or the least and the most, such as 2-4 (default 1)")
     parser.add_argument(
-        "--time", default="24:00:00", help="time limit of one start; the run goes on after it (24:00:00)"
+        "--time", default="24:00:00", help="time limit of one start; the run resumes after it (24:00:00)"
     )
     parser.add_argument("--partition", default="", help="partition; default: the cluster's")
     parser.add_argument("--account", default="", help="account that is charged")

@@ -76,7 +76,7 @@ def main() -> None:
                         run(name, fields)
                     zeroshot(options.runs / name, options.demo / "openclipart")
                 except subprocess.CalledProcessError as error:
-                    parser.exit(1, f"error: {name} has ended with {error.returncode}; the same command goes on\n")
+                    parser.exit(1, f"error: {name} has ended with {error.returncode}; the same command resumes\n")
     rows = [row(options.runs, regime, variant, options.seeds) for regime in options.regimes for variant in options.only]
     print(json.dumps(rows, indent=2) if options.json else table(rows))
 
@@ -99,7 +99,7 @@ def run_name(regime: str, variant: str, seed: int) -> str:
 
 
 def run(name: str, fields: Sequence[object]) -> None:
-    """Train, or go on."""
+    """Train, or resume."""
     command = ["./launch/local.sh", "--engine", "cpu", "--processes", "1", "--precision", "bf16"]
     command += ["--config", "train/configs/scratch.yaml", "--name", name]
     subprocess.run([*command, *map(str, fields)], check=True, stdout=subprocess.DEVNULL)

@@ -4,7 +4,7 @@
 
 Real steps of a run's model at its batch size, precision bf16 on a GPU and where the CPU has it, random pixels and ids.
 Steps with the measurement and steps without take turns, and each pair gives the difference; medians are reported. At
-the configured interval a run pays that difference in every n-th step. Beside wall time stands the process's CPU time,
+the configured interval a run pays that difference in every n-th step. Beside wall time is the process's CPU time,
 which other work on the machine changes less.
 """
 

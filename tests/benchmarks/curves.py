@@ -1,7 +1,7 @@
 """Prints how far the 50-step curves of every engine and world size are from that of one plain process.
 
     python -m tests.benchmarks.curves [--engines ddp zero2] [--worlds 1 2] [--losses tiled sigmoid] [--json]
-    python -m tests.benchmarks.curves --update      record one plain process's curve anew in tests/golden/curve.json
+    python -m tests.benchmarks.curves --update      record one plain process's curve again in tests/golden/curve.json
 
 Largest relative difference of a loss or temperature at the same step; inf where the samples or their order differ.
 `golden` is the same against the recorded curve, which may come from another CPU. The run: tests/support/curves.py.
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--worlds", nargs="+", type=int, choices=(1, 2, 4), default=(1, 2, 4))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=("tiled",))
-    parser.add_argument("--update", action="store_true", help="record tests/golden/curve.json anew, and nothing else")
+    parser.add_argument("--update", action="store_true", help="record tests/golden/curve.json again, and nothing else")
     parser.add_argument("--json", action="store_true", help="one JSON object per curve instead of a table")
     options = parser.parse_args()
     if options.update:

@@ -156,7 +156,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = [photo(rng) for _ in range(args.images)]
     ours, plain = train_transform(DataConfig(image_size=args.size, augment=AUGMENT)), plain_transform(args.size)
-    chance = random.Random(0)
+    draws = random.Random(0)
     rates: dict[str, dict[str, float]] = {}
     results = {
         "images": args.images,
@@ -167,7 +167,7 @@ def main() -> None:
         "samples_per_second": rates,
     }
     rates["decode and augment, one core"] = compare(
-        lambda: per_core(lambda data: ours(data, chance), images), lambda: per_core(plain, images), args.repeats
+        lambda: per_core(lambda data: ours(data, draws), images), lambda: per_core(plain, images), args.repeats
     )
     with tempfile.TemporaryDirectory() as folder:
         # Each image several times over, in all of them a different crop, so that the queues run full.

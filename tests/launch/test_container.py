@@ -57,7 +57,7 @@ def test_a_failure_that_comes_back_is_not_requeued_for_ever(tmp_path):
         assert code == 0 and "requeued" in said and f"{count} in a row" in said, said
     code, said = start()
     assert code == 7 and "requeued\n" not in said and "failed 4 times in a row, not requeued" in said
-    assert "1 in a row" in start()[1], "a job submitted again starts counting anew"
+    assert "1 in a row" in start()[1], "a job submitted again starts counting again"
 
 
 STEP = "srun --kill-on-bad-exit=0 --nodes=2 --ntasks=2 --cpu-bind=none --wait=900 "
@@ -117,7 +117,7 @@ def test_health_is_counted_from_the_newest_step_or_the_start_of_the_container(tm
 
 
 def test_the_lock_has_all_requirements_with_hashes():
-    """Whoever widens or raises requirements.txt makes the lock anew; docker/Dockerfile has the command."""
+    """Whoever widens or raises requirements.txt makes the lock again; docker/Dockerfile has the command."""
     lock = (ROOT / "docker/requirements.lock").read_text()
     pinned = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}\b", lock, re.MULTILINE))
     assert len(pinned) == len(re.findall(r"^\w", lock, re.MULTILINE)), "every package has a version and a hash"

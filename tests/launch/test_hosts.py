@@ -88,7 +88,7 @@ def test_a_cut_link_ends_all_ranks_and_the_same_commands_go_on(hosts, tmp_path):
 
 @pytest.mark.slow
 def test_a_range_of_hosts_goes_on_without_a_lost_one_and_takes_it_back(hosts, tmp_path):
-    """--nodes 1:2: host 1 is gone from one moment to the next, host 0 goes on alone; host 1 is back and taken in."""
+    """--nodes 1:2: host 1 is gone from one moment to the next, host 0 resumes alone; host 1 is back and taken in."""
     config = small_run(tmp_path, steps=80)
     config.checkpoint.every = 2
     logs = [tmp_path / f"host{host}" for host in (0, 1)]

@@ -1,4 +1,4 @@
-"""train.sbatch and submit.py on a real SLURM with two nodes, with a stand-in for training."""
+"""train.sbatch and submit.py on a real SLURM with two nodes, with a program in place of training."""
 
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def test_one_of_several_partitions_is_enough(submit, tmp_path):
     assert "--partition=short,main" in said and "warning: no --gpus_per_node" in said
 
 
-def test_an_existing_run_goes_on_or_is_refused(submit, tmp_path):
+def test_an_existing_run_is_resumed_or_refused(submit, tmp_path):
     run = tmp_path / "again"
     run.mkdir()
     arguments = ["--dry_run", "--time=1:00:00", f"--runs_dir={tmp_path}", "--name=again", "--data.train=shards"]

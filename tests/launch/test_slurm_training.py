@@ -39,7 +39,7 @@ def arguments(config: RunConfig, directory: Path) -> tuple[str, ...]:
 
 
 def test_requeued_then_cancelled_then_finished_it_is_one_run(cluster, submit, config, single, tmp_path):
-    """submit.py, two nodes as one world, USR1, queue, going on, scancel; then the rest in one process."""
+    """submit.py, two nodes as one world, USR1, queue, resumption, scancel; then the rest in one process."""
     straight = replace(config, name="straight")
     local = ["./launch/local.sh", "--engine", "cpu", "--processes", "2"]
     undisturbed = running.start([*local, *running.command(straight, tmp_path)[-2:]], tmp_path / "straight.log")

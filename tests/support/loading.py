@@ -13,7 +13,7 @@ from tests.support.pictures import tiny_image
 from tests.support.tars import write_shards
 
 BATCH, MICRO, LANES, SIZES, SEED = 8, 2, 2, (9, 7, 8, 5), 3
-STEPS = 8  # of which three are an epoch of SIZES
+STEPS = 8  # three are an epoch of SIZES
 
 
 def settings(workers: int = 0, **options: object) -> DataConfig:

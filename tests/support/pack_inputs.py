@@ -94,7 +94,7 @@ def skipped(out: Path) -> list[dict]:
 
 
 def many(folder: Path, number: int) -> Path:
-    """A table of `number` pictures, some of which cannot be packed."""
+    """A table of `number` pictures; some cannot be packed."""
     generator = random.Random(0)
     rows = []
     for i in range(number):

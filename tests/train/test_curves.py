@@ -9,7 +9,7 @@ from tests.support.exactness import ENGINES, worlds
 # Other processors and versions round otherwise, and a network with kinks amplifies that over 50 steps.
 GOLDEN_TOLERANCE = 1e-3
 TOLERANCE = 1e-4
-REMEDY = "if the change is meant, record it anew: python -m tests.benchmarks.curves --update"
+REMEDY = "if the change is meant, record it again: python -m tests.benchmarks.curves --update"
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def test_format_1_is_still_read(interrupted, copied) -> None:
     assert config.model.text.name == copied.model.text.name
     assert torch.equal(model.state_dict()["log_scale"], checkpoint.load_part(path, "ema")["log_scale"])
     copied.model.text.name += "/."
-    refused(copied, "of which .*step_00000002 holds no copy")
+    refused(copied, "and .*step_00000002 holds no copy")
     copied.model.text.name = config.model.text.name
     assert loop.run(copied) == 0
     assert curve(copied) == interrupted[1]

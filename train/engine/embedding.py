@@ -46,7 +46,7 @@ def embedding_metrics(image_bD: Tensor, text_bD: Tensor) -> dict[str, float]:
 
 
 def _potential(own_bD: Tensor, full_BD: Tensor, start: int) -> Tensor:
-    """The sum of exp(-2 |x - y|^2) over this rank's rows x, of which the first is row `start`, and all other rows y."""
+    """The sum of exp(-2 |x - y|^2) over this rank's rows x, which begin at row `start`, and all other rows y."""
     total = _double(own_bD.new_zeros(()))
     for offset in range(0, len(own_bD), ROWS):
         scores_RB = own_bD[offset : offset + ROWS] @ full_BD.T

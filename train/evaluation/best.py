@@ -15,7 +15,7 @@ class Best:
 
     Args:
         history: records of the steps before, of a run that is resumed, in order.
-        kept: steps of which there is a checkpoint; an evaluation whose checkpoint is gone cannot be the best one.
+        kept: steps that have a checkpoint; an evaluation whose checkpoint is gone cannot be the best one.
 
     Without `checkpoint.best` nothing is ever better, and nothing stops the run.
     """
@@ -51,7 +51,7 @@ def score(config: RunConfig) -> Callable[..., Any]:
     """`max` or `min`: which values of `checkpoint.best` are better.
 
     Raises:
-        ValueError: it is no such metric of an evaluation of the run.
+        ValueError: no evaluation of the run has such a metric.
     """
     scores = {
         f"{name}/{metric}": better

@@ -72,11 +72,11 @@ def accuracy(scores_NC: Tensor, right_N: np.ndarray) -> dict[str, float]:
     """
     n_images, n_classes = scores_NC.shape
     own_N1 = scores_NC.gather(1, torch.as_tensor(right_N, device=scores_NC.device)[:, None])
-    ranks_N = (scores_NC >= own_N1 - TIE).sum(-1).cpu().numpy()
-    per_class = [float(np.mean(ranks_N[right_N == row] == 1)) for row in np.unique(right_N)]
+    positions_N = (scores_NC >= own_N1 - TIE).sum(-1).cpu().numpy()
+    per_class = [float(np.mean(positions_N[right_N == row] == 1)) for row in np.unique(right_N)]
     return {
-        "top1": 100.0 * float(np.mean(ranks_N == 1)),
-        "top5": 100.0 * float(np.mean(ranks_N <= 5)),
+        "top1": 100.0 * float(np.mean(positions_N == 1)),
+        "top5": 100.0 * float(np.mean(positions_N <= 5)),
         "mean_per_class": 100.0 * float(np.mean(per_class)),
         "chance_top1": 100.0 / n_classes,
         "chance_top5": 100.0 * min(5, n_classes) / n_classes,
@@ -88,10 +88,10 @@ def accuracy(scores_NC: Tensor, right_N: np.ndarray) -> dict[str, float]:
 def read_names(path: str | Path) -> list[str]:
     """The class names of a file, by their numbers: see `read_entries`.
 
-    Two equal names, of which ImageNet has two pairs, are said on the screen: no text tells such classes apart.
+    Equal names (ImageNet has two pairs) are reported on the screen: no text tells such classes apart.
 
     Raises:
-        ValueError: as `read_entries`; an empty one among them, after which the numbers would be others.
+        ValueError: as `read_entries`, or for an empty name, which would change the numbers of those after it.
     """
     names = read_entries("classnames", path, "classes")
     if "" in names:

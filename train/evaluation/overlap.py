@@ -18,7 +18,7 @@ MOST_READ = 10_000
 
 
 def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
-    """How many held-out images are in the training data, byte for byte; at least, where the data are large.
+    """How many held-out images are in the training data, byte for byte; at least so many, where the data are large.
 
     Images of the same size in bytes are compared by a hash, those with the same key first. Remote shards are not
     fetched for it: only those that are a file of both sets are seen.

@@ -28,7 +28,7 @@ L2_WEIGHTS = tuple(10.0**power for power in range(-7, 0))
 
 
 class Probe(Task):
-    """`probe_metrics` of the images that have a class; and those without one counted."""
+    """`probe_metrics` of the images that have a class; those without one are counted."""
 
     options: ClassVar = {"fit": "manifest of the data to fit to; default: four fifths of --data"}
     scores = SCORES

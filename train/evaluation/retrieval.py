@@ -63,9 +63,9 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Recall, median and mean position of text -> image (`t2i_`) and image -> text (`i2t_`) retrieval, beside chance.
 
-    A text has one right image; an image has one or more right texts, of which the best placed counts (the protocol of
+    A text has one right image; an image has one or more right texts, and the best placed one counts (the protocol of
     the Flickr30K and COCO captioning benchmarks). Ties count against the model, so constant features get the worst
-    position. All processes pass the same features and return the same dict; each ranks its share of the queries.
+    position. All processes pass the same features and return the same dict; each does its share of the queries.
 
     Args:
         image_features_ND: unit vectors.

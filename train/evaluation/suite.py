@@ -34,7 +34,7 @@ def given_tasks(config: RunConfig) -> dict[str, EvalTask]:
 def check_tasks(config: RunConfig) -> None:
     """Raises ValueError where tasks cannot be told apart, are of no known kind, or have options that they do not read.
 
-    Opens no data, which `Suite` does.
+    Opens no data; `Suite` does.
     """
     for name, given in given_tasks(config).items():
         try:

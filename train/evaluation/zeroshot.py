@@ -21,7 +21,7 @@ from train.evaluation.templates import TEMPLATES
 
 
 class Zeroshot(Task):
-    """`zeroshot_metrics` of the images that have a class; and those without one counted."""
+    """`zeroshot_metrics` of the images that have a class; those without one are counted."""
 
     options: ClassVar = {
         "classnames": "a file with one class name per line (or a list), in the order of their numbers",

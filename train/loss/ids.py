@@ -1,4 +1,4 @@
-"""Whose rows of the global batch are whose, and which of them show the same image or caption.
+"""Which rows of the global batch a rank owns, and which of all rows show the same image or caption.
 
 B: pairs of the global batch, r and c: rows and columns of a part of the similarity matrix.
 """

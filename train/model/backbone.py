@@ -44,7 +44,7 @@ def describe(
     stages: Sequence[str] | None = None,
     channels_last: bool = False,
 ) -> Backbone:
-    """The backbone that a module is: its width by one blank forward, its blocks and stages unless they are given.
+    """A module as a backbone: its width from one blank forward, its blocks and stages unless they are given.
 
     Parameters that its features do not depend on are kept from learning: no gradient would ever reach them, and DDP
     waits for all that learn.
@@ -79,17 +79,17 @@ def describe(
 
 
 def _repeated(blocks: list[str]) -> list[str]:
-    """Without what is at the edges, and without what is alone beside the sequences of a tower that has some."""
+    """Without blocks at the edges, and, where a tower has sequences, without single blocks beside these."""
     blocks = [name for name in blocks if not set(name.split(".")) & set(EDGES)]
     inner = [name for name in blocks if "." in name]
     return inner if len(inner) > 1 else blocks
 
 
 def _blank_forward(module: nn.Module, image_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features of two black images, and the tensors that stood in for the parameters.
+    """Features of two black images, and the tensors that took the place of the parameters.
 
-    Without data, which costs next to nothing; on the CPU where a module cannot do without. Its own tensors and the
-    caller's random state stay as they are.
+    On the meta device, which costs next to nothing; on the CPU where a module needs values. The module's own tensors
+    and the caller's random state stay as they are.
     """
     failure: Exception | None = None
     for device in ("meta", "cpu"):
@@ -109,7 +109,7 @@ def _blank_forward(module: nn.Module, image_size: int) -> tuple[Tensor, dict[str
 
 
 def _reached(features: Tensor) -> set[int]:
-    """Ids of the leaves that a backward pass from here would come to."""
+    """Ids of the leaves that a backward pass from here would reach."""
     found, seen, pending = set(), set(), [features.grad_fn]
     while pending:
         node = pending.pop()

@@ -16,10 +16,10 @@ def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool
     """An instance of the class at a dotted path.
 
     The class derives from nn.Module; its instances make features [B, D] of normalized images, float [B, 3, H, W]. It is
-    called with those of image_size, dropout and drop_path that it has arguments for. What it may say in attributes:
-    `blocks` and `stages`, names of modules inside it from bottom to top, and `channels_last`, whether these put out
-    maps as [B, H, W, C]. Otherwise blocks are the items of its sequences and stages these sequences. The width D is
-    that of the features of a blank image.
+    called with image_size, dropout and drop_path, where it has such arguments. It may have the attributes `blocks` and
+    `stages`, names of modules inside it from bottom to top, and `channels_last`, whether these put out maps as
+    [B, H, W, C]. Otherwise blocks are the items of its sequences, and stages are these sequences. The width D is found
+    from a blank image.
 
     Args:
         config: weights (scratch or a file), dropout, drop_path.
@@ -27,7 +27,7 @@ def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool
         pretrained: False gives fresh weights whatever the config says.
 
     Raises:
-        ValueError: there is no such class, it does not take an option, or the weights are not its own.
+        ValueError: there is no such class, it does not take an option, or the weights do not fit it.
     """
     cls = _class(path)
     takes = inspect.signature(cls).parameters

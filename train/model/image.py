@@ -63,7 +63,7 @@ class ImageTower(nn.Module):
 
 
 def build_backbone(config: ImageTowerConfig, image_size: int, pretrained: bool) -> Backbone:
-    """The backbone that a name stands for: `<family>/<model>`, torchvision's `<model>`, or a class's dotted path."""
+    """The backbone that a name means: `<family>/<model>`, torchvision's `<model>`, or a class's dotted path."""
     family, slash, name = config.name.partition("/")
     if slash:
         if family not in BACKBONES:

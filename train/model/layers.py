@@ -22,12 +22,12 @@ DROPOUT_RATES = ("drop_prob", "drop_rate", "dropout", "attention_dropout")
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether it holds blocks and is none itself, in torchvision's models."""
+    """Whether it holds blocks and is not one itself, in torchvision's models."""
     return type(module) in (nn.Sequential, nn.ModuleList, AnyStage, Encoder)
 
 
 def is_stage(module: nn.Module) -> bool:
-    """Whether it holds blocks and is none itself, in anybody's model.
+    """Whether it holds blocks and is not one itself, in anybody's model.
 
     That is a sequence, a module with a sequence named `blocks`, or one whose class is named a stage.
     """
@@ -37,7 +37,7 @@ def is_stage(module: nn.Module) -> bool:
 
 
 def find_blocks(module: nn.Module, holds_blocks: Callable[[nn.Module], bool], prefix: str = "") -> list[str]:
-    """Names of the blocks, bottom to top: what a container holds that itself is made of several modules."""
+    """Names of the blocks, bottom to top: what containers hold, where it is made of several modules."""
     names = []
     for name, child in module.named_children():
         if holds_blocks(child):
@@ -53,7 +53,7 @@ def _is_made_of_several(module: nn.Module) -> bool:
 
 
 def find_stages(module: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of the innermost modules that put out what their sequence of blocks makes: a ResNet's layer1 to layer4."""
+    """Names of the innermost modules whose output is that of a sequence of blocks: a ResNet's layer1 to layer4."""
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in blocks))
     innermost = [name for name in parents if not any(other.startswith(f"{name}.") for other in parents)]
     stages = []

@@ -1,7 +1,7 @@
 """Normalization whose statistics belong to the micro-batch, so that they are the same wherever a micro-batch runs.
 
 Training normalizes by the statistics of the micro-batch and never touches the running ones. While `recording`, each
-micro-batch notes what it would have made of the running statistics; once per step `update_running` sets these to the
+micro-batch notes what the running statistics would be after it; once per step `update_running` sets these to the
 mean over all micro-batches of all ranks. A forward that is repeated (cached features, checkpointing) notes nothing.
 
 Shapes: B samples, C channels, H height, W width; inputs may also be [B, C] or [B, C, L].
@@ -65,14 +65,14 @@ class MicroBatchNorm(_BatchNorm):
         return y_BCHW if x.ndim == 4 else y_BCHW.view_as(x)
 
     def _record(self, statistics_2C: Tensor) -> None:
-        # In float64 the mean does not show in which order micro-batches were added, on which rank.
+        # In float64 the mean does not show in which order, and on which rank, micro-batches were added.
         double_2C = statistics_2C if statistics_2C.device.type == "mps" else statistics_2C.double()
         self.recorded_sum_2C = double_2C if self.recorded_sum_2C is None else self.recorded_sum_2C + double_2C
         self.recorded_count += 1
 
 
 class GlobalBatchNorm(MicroBatchNorm):
-    """The same by the statistics of all that the ranks normalize in one call, together (on any backend)."""
+    """The same, by the statistics of everything that all ranks normalize in one call (on any backend)."""
 
     def _normalize(self, x_BCHW: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
         return self._normalize_by(all_reduce_sum, x_BCHW, mean_C, var_C)
@@ -234,7 +234,7 @@ def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], co
 
     Args:
         all_reduce: returns the sum of a tensor over all ranks.
-        count: micro-batches of the global batch, each of which was recorded once, on one of the ranks.
+        count: micro-batches of the global batch; each was recorded once, on one of the ranks.
     """
     norms = [norm for norm in _norms(module) if norm.training]
     if not norms:

@@ -107,7 +107,7 @@ class PairModel(nn.Module):
         return nn.Identity()
 
     def _add_heads(self, term: Term) -> None:
-        """Registers the heads of a term under their own names, which checkpoints have without the term's."""
+        """Registers the heads of a term under their own names, which are their names in checkpoints."""
         for branch, heads in term.heads(self).items():
             for name, head in heads.items():
                 assert not hasattr(self, name), (
@@ -188,7 +188,7 @@ class PairModel(nn.Module):
         return outputs
 
     def other_image_features(self, parts: Sequence[Tensor]) -> Tensor:
-        """uint8 images [B, 3, H, W] beside the pairs', which running statistics do not see -> the tower's features."""
+        """Other uint8 images [B, 3, H, W] than the pairs' -> the tower's features; not seen by running statistics."""
         with not_recording(self.image):
             return self.image(self.normalized(_joined(parts)))
 
@@ -245,8 +245,8 @@ def _check_dropout(tower: ImageTower, config: ModelConfig) -> None:
     """With a synchronized norm all images of a rank go through together, so dropout depends on how many there are."""
     if config.image.norm == "sync_batch" and config.image.locked_until >= 0 and has_dropout(tower):
         raise ValueError(
-            f"model.image.norm sync_batch: {config.image.name} has dropout, which would be another one on another "
-            "number of processes; take model.image.norm batch, or a tower without dropout, such as resnet50"
+            f"model.image.norm sync_batch: {config.image.name} has dropout, which would differ with the number of "
+            "processes; take model.image.norm batch, or a tower without dropout, such as resnet50"
         )
 
 

@@ -123,7 +123,7 @@ def load_weights(
     module's own; after them only a classifier, a matrix and its bias, may be left. It says so.
 
     Args:
-        by_name: makes the module's names of the file's, and leaves the classifier out.
+        by_name: gives the file's tensors the module's names, and leaves the classifier out.
         given: the field that named the file, with its value.
         model: `model.image.name`.
 

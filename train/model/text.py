@@ -74,7 +74,7 @@ class TextTower(nn.Module):
         return (hidden_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
 
     def config_file(self) -> bytes:
-        """A config.json: its directory as `name` builds this encoder again, with fresh weights."""
+        """A config.json; a directory that holds it, as `name`, builds this encoder again, with fresh weights."""
         config = self.encoder.config.to_dict()  # defaults too: another version of transformers may have others
         config = {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
         return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -85,7 +85,7 @@ class TextTower(nn.Module):
 
 
 def architecture(name: str, pretrained: bool) -> dict[str, Any]:
-    """All fields of an encoder's config that its features are a function of, wherever it was loaded from.
+    """Every field of an encoder's config that its features depend on, wherever it was loaded from.
 
     Raises:
         ValueError: there is no such encoder, or it cannot be had.

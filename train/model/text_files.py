@@ -35,7 +35,7 @@ def tokenizer_name(config: RunConfig) -> str:
 
 
 def with_own_text(config: RunConfig, directory: Path) -> RunConfig:
-    """The configuration with the text encoder and tokenizer that lie in `directory`; unchanged where none do."""
+    """The configuration with the text encoder and tokenizer in `directory`; unchanged where there are none."""
     if not (directory / TEXT).is_dir():
         return config
     text = replace(config.model.text, name=str(directory / TEXT), tokenizer=str(directory / TOKENIZER))
@@ -45,7 +45,7 @@ def with_own_text(config: RunConfig, directory: Path) -> RunConfig:
 def another_text(given: RunConfig, before: RunConfig, directory: Path) -> str:
     """How the encoder or tokenizer that `given` names differs from those of a run; empty where they are the same.
 
-    A name that is spelled as it was may lead nowhere by now: `directory` has all that is needed.
+    A name that is spelled as it was need not exist any more: `directory` has all that is needed.
 
     Args:
         before: the run's configuration, as it was given then.
@@ -68,7 +68,7 @@ def another_text(given: RunConfig, before: RunConfig, directory: Path) -> str:
     for (field, name, old, content), saved in zip(parts, (own.model.text.name, tokenizer_name(own)), strict=True):
         if own is before:
             if name != old:
-                return f"{field} {name}: the run was trained with {old}, of which {directory} holds no copy; give that"
+                return f"{field} {name}: the run was trained with {old}, and {directory} holds no copy of it: give that"
             continue
         if name == old and not Path(name).is_dir():
             continue

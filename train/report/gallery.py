@@ -1,6 +1,6 @@
 """Pictures of retrieval on held-out data: for a text the nearest images, for an image the nearest texts.
 
-The queries stand at even distances in the data; they are not chosen by how well they do.
+The queries are at even distances in the data; they are not chosen by how well they do.
 Shape suffixes: N images, M texts, I items of either kind, D embedding.
 """
 
@@ -41,7 +41,7 @@ RIGHT, RIGHT_PALE, BAR = "#0b8457", "#dff5ea", "#eaeff4"
 
 
 def nearest(query_D: Tensor, items_ID: Tensor, right_I: Tensor) -> tuple[Tensor, int]:
-    """All items from the best on, and the rank of the best right one among the wrong ones; ties go to the wrong."""
+    """All items from the best on, and the position of the best right one among the wrong ones; ties go to the wrong."""
     scores_I = items_ID.double() @ query_D.double()
     order_I = torch.argsort(scores_I - TIE * right_I, descending=True, stable=True)
     hits_I = right_I[order_I]
@@ -79,7 +79,7 @@ class Pictures:
         return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=tuple(self.config.background))
 
     def _raw(self, row: int) -> dict:
-        # Rows leave out the bad samples, so that a row's sample stands at its number or somewhat later.
+        # Rows leave out the bad samples, so that a row's sample is at its number or somewhat later.
         for position in self.positions[row : row + len(self.features.bad) + 1]:
             raw = self.readers.raw(position.source, position.shard, position.index)
             if sample_name(raw) == self.features.keys[row]:
@@ -100,10 +100,10 @@ def text_to_image(features: Features, queries: Sequence[int], pictures: Pictures
         y = top + number * row_height
         text = int((features.image_of_text_M == image).nonzero()[0])
         right_N = torch.arange(len(features.image_ND), device=features.image_ND.device) == image
-        order_N, rank = nearest(features.text_MD[text], features.image_ND, right_N)
+        order_N, position = nearest(features.text_MD[text], features.image_ND, right_N)
         draw.line((MARGIN, y - 10, WIDTH - MARGIN, y - 10), LINE, 1)
         lines = _wrap(features.captions[text], _font(20), CAPTION_WIDTH, 3)
-        _pill(draw, (MARGIN, y + 4), f"rank {rank}", rank == 1)
+        _pill(draw, (MARGIN, y + 4), f"rank {position}", position == 1)
         draw.multiline_text((MARGIN, y + 38), "\n".join(lines), INK, _font(20), spacing=5)
         for place, found in enumerate(order_N[:NEAREST_IMAGES].tolist()):
             _thumb(canvas, pictures.square(found, THUMB), (strip + place * (THUMB + GAP), y), found == image)
@@ -119,7 +119,7 @@ def image_to_text(features: Features, queries: Sequence[int], pictures: Pictures
         x = MARGIN + (number % 2) * (width + MARGIN)
         y = MARGIN + (number // 2) * (CARD_HEIGHT + 20)
         right_M = features.image_of_text_M == image
-        order_M, rank = nearest(features.image_ND[image], features.text_MD, right_M)
+        order_M, position = nearest(features.image_ND[image], features.text_MD, right_M)
         draw.rounded_rectangle((x, y, x + width, y + CARD_HEIGHT), 12, PANEL, LINE)
         _thumb(canvas, pictures.square(image, CARD_IMAGE), (x + 16, y + 16), False)
         left = x + CARD_IMAGE + 34
@@ -132,8 +132,8 @@ def image_to_text(features: Features, queries: Sequence[int], pictures: Pictures
             words = _wrap(features.captions[text], font, x + width - 24 - left - 34, 1)[0]
             draw.text((left + 8, line + 16), "✓" if right else str(place + 1), RIGHT if right else MUTED, font, "lm")
             draw.text((left + 34, line + 16), words, RIGHT if right else INK, font, "lm")
-        if rank > NEAREST_TEXTS:
-            draw.text((x + width - 16, y + CARD_HEIGHT - 5), f"right text: rank {rank}", MUTED, _font(15), "rd")
+        if position > NEAREST_TEXTS:
+            draw.text((x + width - 16, y + CARD_HEIGHT - 5), f"right text: rank {position}", MUTED, _font(15), "rd")
     return canvas
 
 

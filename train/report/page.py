@@ -29,7 +29,7 @@ SECTIONS = (
         "Text finds image",
         "gallery_text_to_image.png",
         "Each row: a text that the model has never seen and, of all {n_images:.0f} held-out images, the nearest ones. "
-        "The right one has a green frame. The texts stand at even distances in the data, good and bad alike.",
+        "The right one has a green frame. The texts are at even distances in the data, good and bad alike.",
     ),
     (
         "Image finds text",
@@ -146,7 +146,7 @@ def _page(
 
 
 def _cards(metrics: dict[str, float], other: bool) -> str:
-    """The four numbers to look at first; other: there are evaluations but for retrieval on `data.val`."""
+    """The four numbers to look at first; other: there are evaluations besides retrieval on `data.val`."""
     if not metrics and other:
         return ""
     if not metrics:

@@ -1,4 +1,4 @@
-"""The run directory: who may resume the run in it, and whether that is finished.
+"""The run directory: who may resume the run in it, and whether it is finished.
 
 runs/<name>/  config.yaml  metrics.jsonl  ledger.jsonl  results.json  checkpoints/  report/  wandb/
 """
@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.run.records import METRICS, RESULTS, read_records
 
 CONFIG = "config.yaml"
-# Fields that may be spelled otherwise: a checkpoint has what they named, and is compared with that.
+# Fields that may be spelled in another way: what they name is compared with what the checkpoint holds.
 BY_CONTENT = ("model.text.name:", "model.text.tokenizer:")
 LOCK = ".lock"
 LOCK_SECONDS = 10

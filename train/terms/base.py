@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
     """What one tower made of a micro-batch."""
 
     embedding_BD: Tensor
-    """float32 unit vectors; those of the terms before, where they change them."""
+    """float32 unit vectors, as changed by the terms before this one."""
     features_BD: Tensor
     """The tower's own features, before the projection."""
     taps: dict[str, Tensor]
@@ -95,7 +95,7 @@ class Term(ABC):
         return {}
 
     def after_images(self, pair: Any, batches: Sequence[MicroBatch]) -> Outputs:
-        """Outputs of passes of its own; after the pair's, whose dropout is then that of a run without the term."""
+        """Outputs of further passes; after the pair's own, whose dropout is then that of a run without the term."""
         return {}
 
     def after_text(self, pair: Any, batch: MicroBatch) -> Outputs:

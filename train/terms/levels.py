@@ -236,7 +236,7 @@ def weighed(losses_n: Tensor, shares_n: Tensor, evenness: float) -> Tensor:
     """Losses weighed by learned shares that cannot leave any of them out.
 
     sum of w_i L_i + evenness * KL(uniform || w), with w a softmax of learned numbers. The sum alone is least where all
-    weight is on the smallest loss. The divergence is a barrier about that: at the minimum over w,
+    weight is on the smallest loss; the divergence is a barrier against that. At the minimum over w,
     w_i = evenness / (n (L_i + c)) with the c that makes them sum to one, so that
     w_i >= evenness / (n (evenness + L_i - min L)). Weights by uncertainty (Kendall et al., arXiv 1705.07115) fall with
     1 / L_i as well, but rise without bound as a loss goes to zero, as it does where data are memorized: a finished

@@ -86,7 +86,7 @@ class Views(Term):
 class ViewHead(nn.Module):
     """Two layers, as in SimCLR (arXiv 2002.05709): features [B, D] -> float32 unit vectors of length `dim`.
 
-    LayerNorm stands in for its BatchNorm, so that a row does not depend on its neighbours.
+    LayerNorm takes the place of its BatchNorm, so that a row does not depend on its neighbours.
     """
 
     def __init__(self, width: int, hidden: int, dim: int) -> None:

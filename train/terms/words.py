@@ -59,7 +59,7 @@ class Words(Term):
 class WordHead(nn.Module):
     """BERT's masked-language head (arXiv 1810.04805): a layer, then scores by the tower's own token embeddings.
 
-    The embeddings are a parameter of this module, too, so that ZeRO-3 gathers them for it; not so in its state.
+    The embeddings are a parameter of this module, too, so that ZeRO-3 gathers them for it, but no part of its state.
 
     Args:
         tower: the text tower.

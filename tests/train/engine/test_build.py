@@ -73,7 +73,7 @@ def train(resident: int) -> list[dict[str, Tensor]]:
         metrics = training_step(engine, own, config, measure=True)
         assert metrics["skipped"] == 0 and metrics["alignment"] > 0
         found.append(engine.weights())
-        engine.clamped = ()  # the second step starts from the clamped value, and goes on freely
+        engine.clamped = ()  # the second step starts from the clamped value, and is free then
     return found
 
 

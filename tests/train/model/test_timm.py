@@ -157,7 +157,7 @@ def test_layer_decay_and_locking_know_every_layer(name, tmp_path):
 
 
 def gradients(text_tower: str, name: str) -> dict[str, torch.Tensor]:
-    """Of the mean over all micro-batches, of which a rank has its share."""
+    """Of the mean over all micro-batches; a rank has its share of them."""
     config = run_config(text_tower, name)
     model = pair(config)
     wrapped = DistributedDataParallel(model) if world_size() > 1 else model
