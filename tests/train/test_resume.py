@@ -108,12 +108,12 @@ def test_without_its_text_tower_and_from_elsewhere_it_resumes_and_evaluates(inte
 def test_a_tower_that_has_moved_is_the_same_and_another_in_its_place_is_not(interrupted, copied, tmp_path) -> None:
     text = Path(copied.model.text.name)
     BertConfig.from_pretrained(text, hidden_dropout_prob=0.5).save_pretrained(text)
-    refused(copied, r"--model\.text\.name .*\n  hidden_dropout_prob: 0\.1 -> 0\.5")
+    refused(copied, r"model\.text\.name .*\n  hidden_dropout_prob: 0\.1 -> 0\.5")
     BertConfig.from_pretrained(text, hidden_dropout_prob=0.1).save_pretrained(text)
     tokenizer = json.loads((text / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {"red": tokenizer["model"]["vocab"]["heart"], "heart": 10}
     (text / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(copied, r"--model\.text\.tokenizer .* is not what .* was trained with:\n  vocabulary and rules")
+    refused(copied, r"model\.text\.tokenizer .* is not what .* was trained with:\n  vocabulary and rules")
     write_tokenizer(text)
     copied.model.text.name = copied.model.text.tokenizer = str(text.rename(tmp_path / "moved"))
     assert loop.run(copied) == 0
@@ -123,7 +123,7 @@ def test_a_tower_that_has_moved_is_the_same_and_another_in_its_place_is_not(inte
 
 def test_a_name_that_leads_nowhere_and_was_spelled_otherwise_is_refused(copied, tmp_path) -> None:
     copied.model.text.name = str(tmp_path / "none")
-    refused(copied, r"--model\.text\.name .*none: no such directory")
+    refused(copied, r"model\.text\.name .*none: no such directory")
 
 
 def test_format_1_is_still_read(interrupted, copied) -> None:
