@@ -52,7 +52,7 @@ class MicroBatch(_Batch):
     text_ids_B: Tensor | None = None
     """int64: equal numbers are the same caption tokens."""
     digest: int = 0
-    """The sum over the global batch, modulo 2^64, tells which sample was in which row."""
+    """Summed over the global batch, modulo 2^64, it tells which sample was in which row."""
     views_BCHW: Tensor | None = None
     """A second augmentation of the same images; where Extras ask for it."""
     masked_BL: Tensor | None = None

@@ -147,6 +147,6 @@ def _remedy(name: str, error: Exception) -> str:
             f"it needs tokenizer.json, or vocab.txt and tokenizer_config.json"
         )
     return (
-        f"model.text.tokenizer {name} is no directory, and could not be had from the Hugging Face hub ({reason}); "
+        f"model.text.tokenizer {name} is no directory, and could not be fetched from the Hugging Face hub ({reason}); "
         f"without network, give a local directory that holds its tokenizer.json"
     )

@@ -33,7 +33,7 @@ def examine(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def worst_of_ranks(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
-    """Of each finding the worst one; where not all ranks have it, it says which one does, and on which host.
+    """The worst of each finding; where not all ranks have it, it says which rank does, and on which host.
 
     everywhere: host and findings of each rank.
     """

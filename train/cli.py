@@ -116,7 +116,7 @@ def with_flags(message: str, options: Iterable[str] = ()) -> str:
 
     A field such as optim.lr becomes --optim.lr wherever it is. These become flags where the message starts with them
     or has them in backticks: an argument such as `global_batch`, which is the last part of one field alone; a field
-    without a dot, such as `name`; one of a command's own `options`. Other words are left as they are, but for
+    without a dot, such as `name`; one of a command's own `options`. Other words are left as they are, except
     passwords and signatures in urls.
     """
     message = redact_urls(message)
@@ -170,7 +170,7 @@ def _check_section(content: dict, where: str, prefix: str) -> None:
 
 
 def _check_values(config: RunConfig) -> None:
-    """Raises ValueError for what jsonargparse lets through: null for any field, a list that is none as a string."""
+    """Raises ValueError for what jsonargparse lets through: null for any field, a string in place of a list."""
     known = flatten(RunConfig())
     for name, value in flatten(config).items():
         if value is None and known[name] is not None:

@@ -87,7 +87,7 @@ def resize(image: Image.Image, size: int) -> Tensor:
     image_HWC = torch.from_numpy(np.array(image))
     if image.size == (size, size):
         return image_HWC
-    # Twice as fast as Pillow's resize on x86, and equal to it but for single steps of 1 in 255.
+    # Twice as fast as Pillow's resize on x86, and equal to it except for single steps of 1 in 255.
     resized_1CHW = functional.interpolate(
         image_HWC[None].permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True, align_corners=False
     )

@@ -62,6 +62,6 @@ def text_ids(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
 
 
 def order_digest(rows: Sequence[int], keys: Sequence[str]) -> int:
-    """A signed 64-bit number; the sum over a global batch, modulo 2^64, tells which sample was in which of its rows."""
+    """A signed 64-bit number; summed over a global batch, modulo 2^64, it tells which sample was in which row."""
     total = sum(hash63(f"{row} {key}") for row, key in zip(rows, keys, strict=True))
     return (total + 2**63) % 2**64 - 2**63

@@ -128,7 +128,7 @@ def test_differences_leave_out_the_machine() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
     config = cli.load(path)
-    assert config.name == path.stem
+    assert config.name in [other.stem for other in CONFIGS if other.resolve() == path.resolve()]  # seed.yaml is a link
     assert config.train.global_batch % config.train.micro_batch == 0
 
 

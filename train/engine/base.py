@@ -115,7 +115,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self) -> tuple[float, bool]:
-        """What `step` does, but for the clamping."""
+        """What `step` does, without the clamping."""
 
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         before = self.full_parameter(parameter)

@@ -21,7 +21,7 @@ def lr_at(step: int, total: int, config: OptimConfig, unlocked_at: int = 0) -> f
     Args:
         step: from 0.
         total: steps of the run.
-        unlocked_at: step at which the tower starts to learn: the share is 0 before it, and warms up again from it on.
+        unlocked_at: step at which the tower starts to learn: the share is 0 before that step, and warms up from there.
             -1: never.
     """
     if unlocked_at < 0 or step < unlocked_at:
@@ -43,9 +43,9 @@ def param_groups(model: PairModel, config: RunConfig) -> list[dict]:
     Layer-wise decay (as in ELECTRA, arXiv 2003.10555): a tower's layer that is k layers below its top has the peak
     lr * layer_decay^k. Projections, heads of terms and scale have optim.lr.
 
-    A tower with locked_until -1 has no groups. One that unlocks later has the rate 0 until then, with which AdamW
-    changes nothing and decays nothing, and zero gradients (train.model), which neither its moments nor the clipped norm
-    see; in every engine.
+    A tower with locked_until -1 has no groups. One that unlocks later has the rate 0 until then, so that AdamW
+    neither changes nor decays it, and zero gradients (train.model), so that its moments and the clipped norm do not
+    see it; in every engine.
     """
     groups: dict[tuple, dict] = {}
     for name, values in _values_by_parameter(model, config).items():

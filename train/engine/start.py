@@ -44,7 +44,7 @@ def start() -> Accelerator:
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
-            # Else it probes every extension with a compiler and builds one, an all-reduce for which there is gloo.
+            # Else it probes every extension with a compiler and builds one, an all-reduce, which gloo does here.
             deepspeed.ops.__compatible_ops__ = {}
         PartialState(cpu=True, timeout=timeout)
         os.environ.pop("ACCELERATE_USE_CPU", None)

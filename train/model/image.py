@@ -36,7 +36,7 @@ class ImageTower(nn.Module):
         channels_last: whether maps that its modules put out are [B, H, W, C].
 
     Raises:
-        ValueError: the name or the weights are unknown, do not fit, or cannot be had.
+        ValueError: the name or the weights are unknown, do not fit, or cannot be fetched.
     """
 
     def __init__(self, config: ImageTowerConfig, image_size: int, pretrained: bool = True) -> None:

@@ -1,6 +1,6 @@
 """Pretrained weights: local files, torchvision's, timm's, the Hugging Face hub's.
 
-Whatever cannot be had is said within seconds, with a remedy.
+What cannot be loaded or fetched is reported within seconds, with a remedy.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
             ask_hub(name)
             return load(name, trust_remote_code=False)
         except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
-            problem = f"model.text.name {name} cannot be had from the Hugging Face hub ({first_line(error)})"
+            problem = f"model.text.name {name} cannot be fetched from the Hugging Face hub ({first_line(error)})"
             raise ValueError(f"{problem}; {TEXT_REMEDY}") from error
 
 

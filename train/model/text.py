@@ -36,7 +36,7 @@ class TextTower(nn.Module):
         vocab_size: number of token ids.
 
     Raises:
-        ValueError: the encoder is unknown, is of another family, does not fit its weights, or cannot be had.
+        ValueError: the encoder is unknown, is of another family, does not fit its weights, or cannot be fetched.
     """
 
     def __init__(self, config: TextTowerConfig, pretrained: bool = True) -> None:
@@ -88,7 +88,7 @@ def architecture(name: str, pretrained: bool) -> dict[str, Any]:
     """Every field of an encoder's config that its features depend on, wherever it was loaded from.
 
     Raises:
-        ValueError: there is no such encoder, or it cannot be had.
+        ValueError: there is no such encoder, or it cannot be fetched.
     """
     config = _encoder_config(name, pretrained).to_dict()
     return {key: value for key, value in config.items() if key not in NOT_COMPARED and not key.startswith("_")}

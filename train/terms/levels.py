@@ -218,7 +218,7 @@ def text_taps(tower: Any, config: MultiscaleConfig, levels: int) -> list[str]:
     """Names, within the tower, of the layers that are levels: those of the config, or evenly spaced up to the last.
 
     Raises:
-        ValueError: a number is none of the tower's layers, or there are not as many as levels.
+        ValueError: a number is not one of the tower's layers, or there are not as many as levels.
     """
     count = len(tower.blocks)
     numbers = config.text_layers or [-(-level * count // levels) for level in range(1, levels + 1)]
