@@ -99,7 +99,7 @@ class DataConfig:
     """Shards of a lane whose samples are shuffled together; larger mixes better, smaller needs less cache."""
     max_pixels: int = 89_478_485
     """Largest image in pixels (width x height) that is decoded; a larger one counts as bad."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = machine(0.01)
     """Share of bad samples over which the run stops."""
     workers: int = machine(1)
     """Loader processes per training process; 0 loads in the training process."""

@@ -14,7 +14,7 @@ from data_pipeline.samples.transforms import eval_transform, train_transform
 from data_pipeline.stages.slots import check_batch
 from train import terms
 from train.cli import flatten
-from train.config import RunConfig
+from train.config import RunConfig, TrainConfig
 from train.evaluation.best import check_best
 from train.evaluation.suite import check_tasks
 
@@ -97,6 +97,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_ranges(config)
     check_data(config)
     check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
+    check_temperature(config)
     terms.check(config.model)
     check_tasks(config)
     check_best(config)
@@ -113,6 +114,30 @@ def check_ranges(config: RunConfig) -> None:
     for name, (will_do, wanted) in RANGES.items():
         if values[name] is not None and not will_do(values[name]):
             raise ValueError(f"{name} {values[name]}: give {wanted}")
+
+
+def check_temperature(config: RunConfig) -> None:
+    """Raises ValueError where the logit scale would start outside of the range in which it is kept from then on."""
+    model, least = config.model, 1 / config.model.max_logit_scale
+    if config.loss.kind == "softmax" and not least <= model.temperature <= 1:
+        raise ValueError(
+            f"model.temperature {model.temperature}: the run keeps it from {least:g}, which is 1 / "
+            "model.max_logit_scale, to 1; start it in there, such as at 0.07"
+        )
+
+
+def hints(config: RunConfig, steps: int) -> list[str]:
+    """What a run of so many steps should know of a configuration that is right, but may not be what was meant."""
+    train, warmup = config.train, config.optim.warmup_steps
+    found = []
+    if warmup > steps:
+        found.append(
+            f"optim.warmup_steps {warmup} is more than the {steps} steps of the run: the learning rate ends at "
+            f"{steps / warmup:.0%} of its peak"
+        )
+    if train.steps and train.epochs != TrainConfig.epochs:
+        found.append(f"train.epochs {train.epochs:g} is not used, since train.steps {train.steps} is given")
+    return found
 
 
 def check_data(config: RunConfig) -> None:

@@ -211,7 +211,7 @@ class TrainConfig:
     """Optimizer steps; 0: from `epochs`."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
-    max_skipped: int = 10
+    max_skipped: int = machine(10)
     """Steps in a row with a gradient that is not finite (all ranks skip them) after which the run stops."""
     patience: int = machine(0)
     """Evaluations in a row in which checkpoint.best gets no better, after which the run ends; 0: it never does."""

@@ -14,7 +14,7 @@ from data_pipeline.seeds import model_seed
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
-from train.checks import check
+from train.checks import check, hints
 from train.config import RunConfig
 from train.engine.balance import Balance
 from train.engine.base import Engine
@@ -145,12 +145,14 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     if state.bad_samples > max(10, config.data.max_bad_fraction * state.samples_seen):
         raise ValueError(
             f"data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
-            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Mend them, or raise it"
+            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Raise it to resume, or "
+            "mend them and train under another `name`"
         )
     if state.skipped_in_row > config.train.max_skipped:
         raise ValueError(
             f"train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
-            "steps. Lower optim.lr, lengthen optim.warmup_steps, or train in fp32"
+            "steps. Resume in fp32 or with a larger train.max_skipped, or train under another `name` with a lower "
+            "optim.lr or more optim.warmup_steps"
         )
     stopping = (run.stop.name or "a signal to another rank") if stops else ""
     return stopping, f"{digest % 2**64:016x}"
@@ -183,13 +185,13 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
         "tasks": tasks,
         "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else {},
     }
+    distributed.barrier()  # the last of all ranks: what follows takes rank 0 as long as it needs
     run.tracker.finish(0)
     if distributed.is_main():
         manifest = run.suite.tasks[HELD_OUT].manifest if evaluation else None
         write_report(run.directory, run.config, results, evaluation, manifest)
         write_results(run.directory, results)
         announce(run.directory, results, "is finished")
-    distributed.barrier()
     return 0
 
 
@@ -228,7 +230,9 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"resumes from {found}")
-    elif distributed.is_main():
+    for line in hints(config, feed.steps):
+        tracker.message(line)
+    if found is None and distributed.is_main():
         for line in overlap.warnings(feed.manifests, suite.tasks):
             tracker.message(line)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)

@@ -6,7 +6,7 @@ from operator import attrgetter
 import pytest
 
 from data_pipeline.config import Source
-from train.checks import RANGES, check, check_ranges
+from train.checks import RANGES, check, check_ranges, hints
 from train.config import EvalTask, RunConfig
 
 
@@ -80,6 +80,8 @@ def change(config: RunConfig, **values: object) -> None:
         ({"data__caption__templates": ["no place"]}, None, "no place"),
         ({"train__global_batch": 100}, None, "global_batch 100 is not divisible by micro_batch 128: .* such as 128"),
         ({"train__global_batch": 384}, 2, "global_batch 384 is not divisible by 2 processes x micro_batch 128: .* 256"),
+        ({"model__temperature": 0.001}, None, "model.temperature 0.001: the run keeps it from 0.01"),
+        ({"model__temperature": 2.0}, None, "model.temperature 2.0: .* to 1"),
         ({"model__multiscale__fuse": True}, None, "model.multiscale.fuse needs"),
         ({"model__self_supervision__image": -1.0}, None, "model.self_supervision.image"),
         ({"model__image__norm": "sync_batch"}, 4, "train.resident 1: .* all 2 micro-batches .* set train.resident 2"),
@@ -105,3 +107,14 @@ def test_a_synchronized_norm_may_see_the_whole_share():
     check(config, 8)
     config.train.resident = 2
     check(config, 4)
+
+
+def test_what_a_run_cannot_have_meant_is_said():
+    config = described()
+    config.optim.warmup_steps = 500
+    assert hints(config, 500) == []
+    assert hints(config, 250) == [
+        "optim.warmup_steps 500 is more than the 250 steps of the run: the learning rate ends at 50% of its peak"
+    ]
+    config.train.steps, config.train.epochs, config.optim.warmup_steps = 250, 3.0, 0
+    assert hints(config, 250) == ["train.epochs 3 is not used, since train.steps 250 is given"]

@@ -153,8 +153,12 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
     config = prepare(tmp_path, steps=4)
     config.name, config.data.val = "worse", ""
     config.data.train = str(write_data(tmp_path / "worse", (64,), bad=range(0, 64, 2)))
-    with pytest.raises(ValueError, match=r"^data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad"):
+    with pytest.raises(
+        ValueError, match=r"^data\.max_bad_fraction 0\.01: \d+ of \d+ samples were bad.*Raise it to resume"
+    ):
         loop.run(config)
+    config.data.max_bad_fraction = 1.0
+    assert loop.run(config) == 0
 
 
 def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path: Path) -> None:
@@ -172,6 +176,9 @@ def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path:
     with pytest.raises(ValueError, match="in the last 3 steps"):  # the count resumes where it was saved
         loop.run(config)
     assert [entry[0] for entry in curve(config)] == [1, 2, 3]
+    config.train.max_skipped = 3  # the limit may be raised for the same run
+    with pytest.raises(ValueError, match="in the last 4 steps"):
+        loop.run(config)
 
 
 def test_stream_mode_trains_without_a_manifest(tmp_path: Path) -> None:

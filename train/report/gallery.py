@@ -166,7 +166,8 @@ def _pill(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, good: b
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """The text in at most `most` lines of at most `width` pixels; an ellipsis ends one that is cut."""
-    lines, words = [""], text.split()
+    # No letter is narrower than a pixel, so what is beyond this could not be shown; a caption may be a whole book.
+    lines, words = [""], text[: most * width].split()
     for number, word in enumerate(words):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:

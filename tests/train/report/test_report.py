@@ -160,6 +160,20 @@ def test_right_answers_are_marked_and_only_they(tmp_path, manifest):
     assert not shows(poor / "gallery_image_to_text.png", RIGHT_PALE)
 
 
+def test_a_caption_as_long_as_a_book_is_cut_like_one_that_is_a_little_too_long(tmp_path, manifest):
+    """One word and many; letter by letter a million of them would take hours."""
+    for name, letters in (("page", 5_000), ("book", 1_000_000)):
+        features = evaluation(manifest).features
+        features.captions[:] = [
+            ("pale " * letters if row % 2 else "w" * letters)[:letters] for row in range(len(features.captions))
+        ]
+        (tmp_path / name).mkdir()
+        draw_galleries(features, manifest, RunConfig().data, tmp_path / name)
+    for gallery in GALLERIES:
+        with Image.open(tmp_path / "page" / gallery) as page, Image.open(tmp_path / "book" / gallery) as book:
+            assert ImageChops.difference(page, book).getbbox() is None
+
+
 def test_galleries_show_the_image_of_the_row_also_after_bad_samples(tmp_path):
     manifest = load_manifest(write_data(tmp_path / "data", (5, 4), bad=(0, 1, 4, 6)))
     features = evaluation(manifest, bad=4).features
