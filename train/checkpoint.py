@@ -136,7 +136,7 @@ def newest(run_dir: Path) -> Path | None:
             found = _newest_whole(run_dir)
         except OSError as error:
             problem = (
-                f"--runs_dir: {_root(run_dir)} cannot be read: {error}. Nothing was changed: mend the file system and "
+                f"runs_dir: {_root(run_dir)} cannot be read: {error}. Nothing was changed: mend the file system and "
                 "start again; to resume from an earlier checkpoint, move those that cannot be read away"
             )
         except ValueError as error:
@@ -145,7 +145,7 @@ def newest(run_dir: Path) -> Path | None:
     if problem:
         raise ValueError(problem)
     if found is not None and distributed.any_rank(not (found / "state.json").is_file()):
-        raise ValueError(f"--runs_dir: {found} is not on every host: give a directory on a file system that they share")
+        raise ValueError(f"runs_dir: {found} is not on every host: give a directory on a file system that they share")
     return found
 
 
@@ -280,7 +280,7 @@ def check_text(path: Path, config: RunConfig) -> None:
         except ValueError as error:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
-        raise ValueError(f"{problem}\nGive the one of before, or choose another --name.")
+        raise ValueError(f"{problem}\nGive the one of before, or choose another `name`.")
 
 
 def _root(run_dir: Path) -> Path:
@@ -288,7 +288,7 @@ def _root(run_dir: Path) -> Path:
 
 
 def _part(target: Path) -> Path:
-    """Where a checkpoint stands that is not complete, or not any more."""
+    """Where a checkpoint is while it is not complete, or no longer."""
     return target.with_name(f".{target.name}.part")
 
 
@@ -314,9 +314,9 @@ def _newest_whole(run_dir: Path) -> Path | None:
             print(f"checkpoint {path} is damaged ({damage}): trying the one before it", file=sys.stderr, flush=True)
     if damaged:
         raise ValueError(
-            f"--name {run_dir.name}: all checkpoints in {_root(run_dir)} are damaged:\n  "
+            f"name {run_dir.name}: all checkpoints in {_root(run_dir)} are damaged:\n  "
             + "\n  ".join(damaged)
-            + "\nNothing was changed. Put back whole ones from a copy, or choose another --name to begin again."
+            + "\nNothing was changed. Put back whole ones from a copy, or choose another `name` to begin again."
         )
     return None
 

@@ -40,7 +40,7 @@ class Store:
             return shard.url
         if shard.filesize > self.cache_bytes:
             raise ValueError(
-                f"shard {shard.url} has {shard.filesize} bytes, the cache {self.cache_bytes}: raise --data.cache_gb"
+                f"shard {shard.url} has {shard.filesize} bytes, the cache {self.cache_bytes}: raise data.cache_gb"
             )
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Named by content: another manifest with the same shard finds it, a changed shard cannot be mistaken for it.

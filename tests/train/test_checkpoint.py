@@ -128,7 +128,7 @@ def test_a_checkpoint_that_not_all_ranks_see_is_said_on_all_of_them(tmp_path) ->
     (tmp_path / "1").mkdir()
     save(tmp_path / "0" / "run", 1, 0)
     for said in run_distributed(newest_from_own_directory, 2, str(tmp_path)):
-        assert "--runs_dir: run/checkpoints/step_00000001 is not on every host" in said
+        assert "runs_dir: run/checkpoints/step_00000001 is not on every host" in said
 
 
 def test_a_file_that_cannot_be_read_is_not_damage_and_is_read_again(tmp_path) -> None:

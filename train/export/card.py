@@ -1,4 +1,4 @@
-"""The model card of an export, filled from the run: nothing stands in it that the run does not say."""
+"""The model card of an export, filled from the run: it says nothing that the run does not."""
 
 from __future__ import annotations
 

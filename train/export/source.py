@@ -41,7 +41,7 @@ def load_source(run: str | Path, step: str = "", soup: Sequence[str] = ()) -> So
     Args:
         run: a run directory.
         step: `best`, or a number of steps.
-        soup: several of them, of which the weights are averaged, each alike (model soups, arXiv 2203.05482).
+        soup: several of them, whose weights are averaged alike (model soups, arXiv 2203.05482).
 
     Raises:
         ValueError: there is no such run or step, or a checkpoint is damaged.

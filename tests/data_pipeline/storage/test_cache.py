@@ -155,7 +155,7 @@ def test_a_shard_in_use_stays_readable_when_it_leaves(server, cache):
 
 
 def test_a_shard_larger_than_the_cache_is_refused(server, cache):
-    with pytest.raises(ValueError, match=r"10240 bytes, the cache 10000: raise --data\.cache_gb"):
+    with pytest.raises(ValueError, match=r"10240 bytes, the cache 10000: raise data\.cache_gb"):
         store(cache, 10_000).local(remote_shard(server))
     assert server.requests == []
 
