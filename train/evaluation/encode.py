@@ -168,12 +168,14 @@ class Encoder:
 
     def _texts(self, ids_ML: Tensor, mask_ML: Tensor) -> Tensor:
         """`eval.batch` texts at a time; every process makes as many forward passes as the one with the most texts."""
-        device, size = self._device(), self.config.eval.batch
+        device, size, count = self._device(), self.config.eval.batch, len(ids_ML)
         ids_ML, mask_ML = ids_ML.to(device), mask_ML.to(device)
-        passes = int(all_reduce_max(torch.tensor([-(-len(ids_ML) // size)], device=device)))
+        if not count:  # an encoder fails on no texts at all
+            ids_ML, mask_ML = ids_ML.new_zeros(1, 8), mask_ML.new_ones(1, 8)
+        passes = int(all_reduce_max(torch.tensor([-(-count // size)], device=device)))
         features = []
         for start in range(0, passes * size, size):
-            done = start >= len(ids_ML)
+            done = start >= count
             rows = slice(0, 1) if done else slice(start, start + size)
             with self.autocast():
                 text_BD = self.model.encode_text(ids_ML[rows], mask_ML[rows])
@@ -213,7 +215,8 @@ def _blank(config: RunConfig) -> EvalBatch:
 
 def _gather_uneven(rows_nD: Tensor, counts: list[int]) -> Tensor:
     """The rows of all processes, in their order; process r has counts[r] of them."""
-    padded_PD = rows_nD.new_zeros(max(counts), rows_nD.shape[1])
+    most, width = max(counts), rows_nD.shape[1]
+    padded_PD = rows_nD.new_zeros(most, width)
     padded_PD[: len(rows_nD)] = rows_nD
-    parts = all_gather_rows(padded_PD).split(max(counts))
+    parts = all_gather_rows(padded_PD).view(len(counts), most, width)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

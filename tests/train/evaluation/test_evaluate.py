@@ -156,6 +156,25 @@ def test_every_world_gets_the_same_result(config, tmp_path):
         assert len(passes) == 1, f"ranks differ in forward passes, {passes}: ZeRO-3 would hang"
 
 
+def _encoded(config: RunConfig, sets: list[Path]) -> list[Features]:
+    model, tokenizer = parts(config)
+    encoder = Encoder(model, config, tokenizer)
+    return [encoder.features(load_manifest(data)) for data in sets]
+
+
+def test_images_without_captions_are_encoded_by_every_world(config, tmp_path):
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        captions = {"txt": b"the last one"} if number >= 5 else {}
+        return f"{number:04d}", {"png": picture(number), "cls": str(number % 2).encode(), **captions}
+
+    sets = [write_shards(tmp_path / name, (count,), sample) for name, count in (("none", 4), ("some", 6))]
+    alone, ranks = _encoded(config, sets), run_distributed(_encoded, 2, config, sets)
+    for number, texts in enumerate((0, 1)):
+        for result in ranks:
+            assert result[number].text_MD.shape == alone[number].text_MD.shape == (texts, config.model.embed_dim)
+            assert torch.allclose(result[number].image_ND, alone[number].image_ND, atol=1e-5)
+
+
 def test_unreadable_samples_are_left_out_and_counted(config, tmp_path):
     bad = (0, 4, 5, 6, 7, 11)  # 4 to 7 are a whole batch
     found = measured(config, write_data(tmp_path, (8, 5), bad=bad))
