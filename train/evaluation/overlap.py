@@ -14,7 +14,7 @@ from train.evaluation.task import Task
 MOST_SAMPLES = 2_000_000
 """Larger training sets are not looked at."""
 MOST_READ = 10_000
-"""Training images that are read at most; what more there may be is not counted."""
+"""Images of either side that are read at most; what more there may be is not counted. Other ranks wait meanwhile."""
 
 
 def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
@@ -36,8 +36,9 @@ def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
     alike = [(path, entry) for manifest in train for path, entry in _images(manifest) if _place(entry)[1] in by_size]
     alike.sort(key=lambda one: one[1].key not in keys)
     hashes = {_hash(path, entry) for path, entry in alike[:MOST_READ]}
-    sizes = {_place(entry)[1] for _, entry in alike[:MOST_READ]}
-    return found + sum(_hash(path, entry) in hashes for size in sizes for path, entry in by_size[size])
+    sizes = dict.fromkeys(_place(entry)[1] for _, entry in alike[:MOST_READ])
+    same_size = [one for size in sizes for one in by_size[size]]
+    return found + sum(_hash(path, entry) in hashes for path, entry in same_size[:MOST_READ])
 
 
 def warnings(train: Sequence[Manifest], tasks: Mapping[str, Task]) -> list[str]:

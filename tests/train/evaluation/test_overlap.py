@@ -4,6 +4,7 @@ from data_pipeline.storage.manifest import load_manifest
 from tests.support.small import picture, write_data
 from train.config import EvalTask
 from train.evaluation import build_task
+from train.evaluation import overlap as module
 from train.evaluation.overlap import overlap, warnings
 
 
@@ -17,6 +18,18 @@ def test_images_are_found_whatever_their_key_and_shard(tmp_path):
     assert overlap(train, held_out) == 3, "7, 8 and 9 are in the first set"
     assert overlap(train[1:], held_out) == 0, "equal keys alone are no overlap"
     assert overlap(train, train[1]) == 3, "a shard of both"
+
+
+def test_no_more_images_are_read_than_a_start_has_time_for(tmp_path, monkeypatch):
+    train, held_out = (load_manifest(write_data(tmp_path / name, (6,), draw=lambda _: picture(1))) for name in "ab")
+    other = load_manifest(write_data(tmp_path / "c", (6,), draw=lambda _: picture(1), classes=False))
+    read = []
+    hashed = module._hash
+    monkeypatch.setattr(module, "_hash", lambda *image: read.append(image) or hashed(*image))
+    monkeypatch.setattr(module, "MOST_READ", 4)
+    assert overlap([train], held_out) == 6 and not read, "the same shard"
+    assert overlap([train], other) == 4, "at least so many"
+    assert len(read) == 8, "4 of either side"
 
 
 def test_an_overlap_is_a_line_for_each_evaluation(tmp_path):
