@@ -41,6 +41,8 @@ def test_a_resumed_run_knows_its_best_by_what_is_kept():
     history.insert(1, {"step": 3, "loss": 1.0})
     assert (best := Best(watched(patience=2), history, kept=[4, 6])).step == 4 and best.waited == 1
     assert Best(watched(), history, kept=[6]).step == 6, "what is no longer there cannot be the best"
+    history.append({"step": 8, "val/t2i_R@1": None})
+    assert Best(watched(patience=2), history, kept=[4, 6, 8]).exhausted, "NaN is an evaluation that is not better"
 
 
 @pytest.mark.parametrize(

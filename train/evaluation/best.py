@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,8 +31,9 @@ class Best:
         """Evaluations since then."""
         kept = set(kept)
         for record in history:
-            if isinstance(value := record.get(self.metric), (int, float)):
-                self.update(record["step"], value, record["step"] in kept)
+            if self.metric in record:
+                value = record[self.metric]  # null where it was not finite
+                self.update(record["step"], math.nan if value is None else value, record["step"] in kept)
 
     def update(self, step: int, value: float, kept: bool = True) -> bool:
         """Take in an evaluation; returns whether it is better than all before. Equal is not better; NaN never is."""
