@@ -100,7 +100,7 @@ def save(
     """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
 
     Args:
-        text_files: of the text encoder and its tokenizer, from `new_text_files` or `saved_text_files`.
+        text_files: of the text encoder and its tokenizer, from `train.model.text_files` or `saved_text_files`.
 
     Raises:
         ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
