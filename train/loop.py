@@ -71,7 +71,7 @@ def run(config: RunConfig) -> int:
     stop = StopRequest()
     accelerator = start()
     with open_run(config) as directory:
-        if results := read_results(directory):
+        if results := distributed.broadcast_object(read_results(directory)):
             announce(directory, results, "is finished already; choose another name to train again")
             return 0
         check(config, distributed.world_size())
@@ -233,7 +233,11 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     for line in hints(config, feed.steps):
         tracker.message(line)
     if found is None and distributed.is_main():
-        for line in overlap.warnings(feed.manifests, suite.tasks):
+        try:
+            lines = overlap.warnings(feed.manifests, suite.tasks)
+        except (OSError, ValueError) as error:  # no reason for this rank to leave the others
+            lines = [f"warning: held-out images were not looked for among the training images: {error}"]
+        for line in lines:
             tracker.message(line)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
     parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, best, tracker, stop)

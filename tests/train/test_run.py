@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.order import build_order
+from data_pipeline.storage.manifest import load_manifest
 from tests.support import running
 from tests.support.distributed import run_distributed
-from tests.support.running import BATCH, STEPS, assert_same_curve, curve, prepare, run, run_dir
+from tests.support.running import BATCH, MICRO_BATCH, STEPS, assert_same_curve, curve, prepare, run, run_dir
 from tests.support.small import write_data
 from train import checkpoint, cli, loop
 from train.__main__ import main
@@ -161,6 +163,18 @@ def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_
     assert loop.run(config) == 0
 
 
+def test_an_overlap_that_cannot_be_looked_for_is_said_and_ends_nothing(tmp_path: Path, capfd) -> None:
+    config = prepare(tmp_path, steps=1, global_batch=MICRO_BATCH)
+    config.data.train = str(write_data(tmp_path / "long", (2 * BATCH, 2 * BATCH)))
+    config.data.lanes, config.data.shuffle_shards = 1, 1
+    manifest = load_manifest(config.data.train)
+    order = build_order([manifest], [1.0], MICRO_BATCH, 1, config.train.seed, 1)
+    (read,) = {position.shard for position in order.rows(0, 0, MICRO_BATCH)}
+    Path(manifest.shards[1 - read].url).unlink()
+    assert loop.run(config) == 0, "its only step needs the other shard alone"
+    assert "warning: held-out images were not looked for among the training images" in capfd.readouterr().out
+
+
 def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path: Path) -> None:
     config = prepare(tmp_path, max_skipped=2)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 1
@@ -224,6 +238,20 @@ def main_of_a_rank(path: str) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         status = main(["--config", path])
     return status, printed.getvalue()
+
+
+def test_a_run_that_only_rank_0_sees_finished_is_finished_for_all(straight, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(cli.to_yaml(straight))
+    assert run_distributed(status_of_a_rank, 2, str(path), str(tmp_path), timeout=60) == [0, 0]
+
+
+def status_of_a_rank(path: str, elsewhere: str) -> int:
+    """Exit status of the run, which rank 1 looks for in a directory of its own."""
+    config = cli.load(path)
+    if os.environ["RANK"] == "1":
+        config.runs_dir = elsewhere
+    return loop.run(config)
 
 
 def test_a_mistake_on_the_command_line_is_one_line(capfd) -> None:
