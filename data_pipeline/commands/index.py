@@ -99,8 +99,8 @@ def summary(manifest: Manifest) -> str:
         )
     if known["uncaptioned"]:
         lines.append(
-            f"{known['uncaptioned']:,} samples have no caption: training and retrieval leave them out, evaluation by "
-            f"class does not"
+            f"{known['uncaptioned']:,} samples have no caption: training replaces them like bad ones, retrieval leaves "
+            f"them out, evaluation by class uses them"
         )
     if known["several_lines"]:
         lines.append(several_lines_note(known["several_lines"], manifest.captions))
