@@ -125,8 +125,9 @@ def read_rows(table: Table, columns: Columns, start: int = 0) -> Iterator[Row]:
         for row in _neighbours_joined(table, columns, start):
             texts = scattered.texts(_identity(row, columns), row.start)
             if texts is not None:  # None: it is part of an earlier row
-                captions = tuple(dict.fromkeys([*row.captions, *texts]))
-                yield _checked(replace(row, captions=captions), columns, seen)
+                if texts:
+                    row = replace(row, captions=tuple(dict.fromkeys([*row.captions, *texts])))
+                yield _checked(row, columns, seen)
 
 
 def _identified(table: Table, columns: Columns) -> Iterator[tuple[int, bytes | None, tuple[str, ...]]]:
@@ -182,7 +183,7 @@ def _checked(row: Row, columns: Columns, seen: set[str]) -> Row:
         seen.add(row.key)
     if not row.captions and row.cls is None:
         cause = cause or f"no caption in {', '.join(columns.captions)}"
-    return replace(row, cause=cause)
+    return row if cause == row.cause else replace(row, cause=cause)
 
 
 def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], cause: str) -> Row:
@@ -194,8 +195,9 @@ def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], ca
         # Whatever else is wrong with the record, the list of skipped ones should say which image it was.
         image = _image(record.get(columns.image), columns.root)
         values = [record.get(name) for name in columns.captions]
-        captions = tuple(dict.fromkeys(text for value in values for text in _texts(value, columns.caption_rule)))
-        several_lines = record.get(SEVERAL_LINES, _texts(values, WHOLE) != _texts(values, LINES))
+        by_rule = {rule: _texts(values, rule) for rule in (WHOLE, LINES)}
+        captions = tuple(dict.fromkeys(by_rule[columns.caption_rule]))
+        several_lines = record.get(SEVERAL_LINES, by_rule[WHOLE] != by_rule[LINES])
         cls = _class(record.get(columns.cls), columns.cls) if columns.cls else None
     except ValueError as error:
         cause = cause or str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,7 +32,7 @@ class FolderTable(Table):
     recursive = True
     probed = True
 
-    def __init__(self, folder: Path, caption_rule: str, left_out: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, caption_rule: str, left_out: Collection[str] = ()) -> None:
         """left_out: names of files directly in `folder` that are no side-cars."""
         self.caption_rule = caption_rule
         self.stems: dict[str, list[str]] = {}
