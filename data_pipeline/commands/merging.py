@@ -24,9 +24,10 @@ class Scattered:
     """
 
     def __init__(self, identified: Callable[[], Identified]):
-        hashes = np.fromiter((_number(identity) for _, identity, _ in identified() if identity), dtype=np.uint64)
-        begins = np.ones(len(hashes), dtype=bool)
-        begins[1:] = hashes[1:] != hashes[:-1]
+        # A record that is of no sample is between its neighbours as well: 0.
+        hashes = np.fromiter((_number(identity) if identity else 0 for _, identity, _ in identified()), dtype=np.uint64)
+        begins = hashes != 0
+        begins[1:] &= hashes[1:] != hashes[:-1]
         found, counts = np.unique(hashes[begins], return_counts=True)
         self._scattered = found[counts > 1]
         self._folder: tempfile.TemporaryDirectory | None = None

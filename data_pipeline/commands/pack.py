@@ -215,6 +215,8 @@ def _load_state(out: Path, options: dict[str, Any]) -> State:
     path = out / STATE
     try:
         state = State(**json.loads(path.read_text())) if path.exists() else State(options)
+        if state.shards and state.options.keys() != options.keys():
+            raise ValueError
     except (ValueError, TypeError):
         raise ValueError(f"OUT: {path} is no state of this version's pack; delete {out} to pack again") from None
     tars = [tar.name for tar in out.glob("*.tar")]

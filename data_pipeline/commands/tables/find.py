@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.commands.tables.arrow import ArrowTable, ParquetTable
 from data_pipeline.commands.tables.base import Record, Table
 from data_pipeline.commands.tables.delimited import DelimitedTable
-from data_pipeline.commands.tables.folder import FolderTable
+from data_pipeline.commands.tables.folder import IMAGE_SUFFIXES, FolderTable
 from data_pipeline.commands.tables.objects import JsonlTable, JsonTable, read_object
 from data_pipeline.samples.text import WHOLE
 
@@ -48,9 +48,18 @@ def open_table(path: str | Path, split: str = "", *, delimiter: str = "", captio
     if len(tables) > 1:
         raise ValueError(f"INPUT: {path} holds {' and '.join(table.name for table in tables)}; give one of them")
     folders = sorted(part.name for part in path.iterdir() if part.is_dir() and SPLITS.match(part.name))
-    if split or len(folders) > 1:
+    if split or len(folders) > 1 or (folders and _is_all(path, folders[0])):
+        split = split or (folders[0] if len(folders) == 1 else "")
         return open_table(path / _chosen(path, split, folders), delimiter=delimiter, caption_rule=caption_rule)
     return FolderTable(path, caption_rule)
+
+
+def _is_all(path: Path, split: str) -> bool:
+    """Whether the table in the folder of a split describes all images below `path`."""
+    others = (part for part in path.iterdir() if part.name != split and not part.name.startswith("."))
+    return any((path / split / name).is_file() for name in TABLES) and not any(
+        part.is_dir() or part.name.lower().endswith(IMAGE_SUFFIXES) for part in others
+    )
 
 
 def _open_file(path: Path, delimiter: str) -> Table:
@@ -81,7 +90,7 @@ def _parquet(path: Path) -> list[Path]:
 
 def _open_parquet(path: Path, parquet: list[Path], split: str, caption_rule: str) -> Table:
     if all((path / file.stem).is_dir() for file in parquet):  # img2dataset --output_format files
-        statistics = [file.name for file in path.glob("*_stats.json")]
+        statistics = {file.name for file in path.glob("*_stats.json")}
         return FolderTable(path, caption_rule, left_out=statistics)
     by_split: dict[str, list[Path]] = {}
     for file in parquet:

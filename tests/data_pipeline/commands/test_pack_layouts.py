@@ -101,6 +101,35 @@ def test_rows_of_one_image_are_one_sample_wherever_they_are(tmp_path):
     assert load_manifest(tmp_path / "out").statistics["duplicates"]["image"] == 0
 
 
+def test_a_row_that_cannot_be_used_between_those_of_an_image(tmp_path):
+    for image in range(2):
+        picture(tmp_path / f"{image}.jpg", image)
+    (tmp_path / "t.csv").write_text("image,caption\n0.jpg,one\n0.jpg,a, b\n0.jpg,two\n1.jpg,three\n")
+    assert packed(tmp_path / "t.csv", tmp_path / "out") == [["one", "two"], ["three"]]
+    assert [record["row"] for record in skipped(tmp_path / "out")] == [1]
+
+
+def test_a_pack_of_another_version_is_named_as_such(tmp_path, capsys):
+    picture(tmp_path / "0.jpg", 0)
+    (tmp_path / "t.csv").write_text("image,caption\n0.jpg,one\n")
+    packed(tmp_path / "t.csv", tmp_path / "out")
+    state = json.loads((tmp_path / "out/pack.json").read_text())
+    del state["options"]["--captions"]
+    (tmp_path / "out/pack.json").write_text(json.dumps(state))
+    assert run_pack(tmp_path / "t.csv", tmp_path / "out") == 2
+    assert "is no state of this version's pack" in capsys.readouterr().err
+
+
+def test_a_table_in_the_folder_of_the_only_split(tmp_path):
+    for number in range(2):
+        picture(tmp_path / f"in/train/{number}.jpg", number)
+    (tmp_path / "in/train/metadata.csv").write_text("file_name,text\n0.jpg,one\n1.jpg,two\n")
+    assert packed(tmp_path / "in", tmp_path / "out") == [["one"], ["two"]]
+    picture(tmp_path / "in/more/2.jpg", 2).with_suffix(".txt").write_text("three")
+    assert packed(tmp_path / "in", tmp_path / "other") == [["three"]]  # not the split alone: every image is asked for
+    assert len(skipped(tmp_path / "other")) == 2
+
+
 def test_the_same_bytes_wherever_packing_was_interrupted(tmp_path):
     """Resuming in the middle of scattered rows."""
     lines = [f"./{image}.jpg,caption {number}" for number in range(3) for image in range(4)]
