@@ -38,13 +38,13 @@ class Plan:
 
     def state(self, stage: int) -> float:
         """Weights, gradients and optimizer state under ZeRO `stage`; 0 is DDP."""
-        weight, gradient, moments = 4.0 + 4 * self.ema, 4.0, 8.0
+        weight, average, gradient, moments = 4.0, 4.0 * self.ema, 4.0, 8.0
         moments /= self.world if stage >= 1 else 1
         gradient /= self.world if stage >= 2 else 1
-        weight /= self.world if stage >= 3 else 1
+        weight, average = (kept / (self.world if stage >= 3 else 1) for kept in (weight, average))
         copy = 4.0 / self.world if stage in (1, 2) else 0.0
         bucket = 4 * BUCKET_ELEMENTS if stage else 0
-        return self.parameters * weight + self.learning * (gradient + moments + copy) + bucket
+        return self.parameters * weight + self.learning * (average + gradient + moments + copy) + bucket
 
     def total(self, stage: int) -> float:
         return RESERVE * (self.state(stage) + self.activations + self.loss)

@@ -107,7 +107,7 @@ def test_state_bytes_of_every_zero_stage():
     bucket = 4 * BUCKET_ELEMENTS
     assert [plan.state(stage) for stage in range(4)] == [16_000, 11_000 + bucket, 8_000 + bucket, 4_000 + bucket]
     half_locked = replace(plan, learning=500, ema=True)
-    assert [half_locked.state(stage) for stage in (0, 2)] == [14_000, 8_000 + 500 * (1 + 2 + 1) + bucket]
+    assert [half_locked.state(stage) for stage in (0, 2)] == [12_000, 4_000 + 500 * (4 + 1 + 2 + 1) + bucket]
     large = replace(plan, parameters=10**9, learning=10**9)
     assert large.smallest_stage(memory.RESERVE * 16e9) == 0
     assert large.smallest_stage(memory.RESERVE * 9e9) == 2
