@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,21 +19,11 @@ from tests.support.vocabulary import write_tokenizer
 from train import checkpoint, cli, loop
 from train.checkpoint import FILES, load_model, load_state
 from train.config import RunConfig
-from train.run.signals import SIGNALS
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def runs_in_this_process() -> Iterator[None]:
-    """Have one thread, as those in other processes; the signal handlers that they replace are put back."""
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name, handler in handlers.items():
-        signal.signal(getattr(signal, name), handler)
+pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
 
 @pytest.fixture(scope="module")

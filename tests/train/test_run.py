@@ -5,13 +5,11 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from data_pipeline.order import build_order
@@ -25,17 +23,7 @@ from train.__main__ import main
 from train.config import RunConfig
 from train.run.signals import EXIT_PREEMPTED, SIGNALS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def runs_in_this_process() -> Iterator[None]:
-    """Have one thread, as those in other processes; the signal handlers that they replace are put back."""
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name, handler in handlers.items():
-        signal.signal(getattr(signal, name), handler)
+pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
 
 @pytest.fixture(scope="module")
