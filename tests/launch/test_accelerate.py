@@ -51,7 +51,7 @@ def test_the_default_is_zero2():
 
 # Without a GPU the GPU configs run on gloo too, so every engine is seen everywhere. zero2 is accelerate_config, and cpu
 # is what other tests launch with.
-SLOW = {"zero1", "zero2_offload", "cpu", "cpu_zero2", "cpu_zero3"}
+SLOW = {"zero1", "zero2_offload", "zero3", "cpu", "cpu_zero2", "cpu_zero3"}
 STARTED = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS if name != "zero2"]
 
 

@@ -61,6 +61,7 @@ def test_a_name_may_appear_late(hosts):
     assert own_address(hosts, 1, "never", DUET_RESOLVE="1").wait(60) == 1
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_all_ranks_and_the_same_commands_go_on(hosts, tmp_path):
     config = small_run(tmp_path, steps=8)
     config.checkpoint.every = 2

@@ -22,16 +22,18 @@ def check(engine: str, world: int, losses: tuple[str, ...], accumulations: tuple
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "losses"),
+    ("engine", "world", "losses", "accumulations"),
     [
-        ("plain", 1, ("sigmoid", LEVELS)),
-        ("ddp", 2, ("sigmoid", SELF_SUPERVISED)),
-        ("zero2", 2, ("tiled", SELF_SUPERVISED)),
-        ("zero3", 2, ("tiled", LEVELS)),
+        ("plain", 1, ("sigmoid", LEVELS), (1, 2, 4)),
+        ("ddp", 2, ("sigmoid", SELF_SUPERVISED), (1, 2, 4)),
+        ("zero2", 2, ("tiled", SELF_SUPERVISED), (1, 2, 4)),
+        ("zero3", 2, ("tiled", LEVELS), (2,)),
     ],
 )
-def test_gradients_equal_one_plain_process(engine: str, world: int, losses: tuple[str, ...]) -> None:
-    check(engine, world, losses)
+def test_gradients_equal_one_plain_process(
+    engine: str, world: int, losses: tuple[str, ...], accumulations: tuple[int, ...]
+) -> None:
+    check(engine, world, losses, accumulations)
 
 
 @pytest.mark.parametrize(

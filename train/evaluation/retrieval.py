@@ -148,7 +148,7 @@ def chance_median(right_Q: np.ndarray, total: int) -> int:
     low, high = 1, total
     while low < high:
         middle = (low + high) // 2
-        if chance(middle, right_Q, total) >= 0.5:
+        if chance(middle, right_Q, total) >= 0.5 - 1e-9:  # a half, whatever rounding makes of it
             high = middle
         else:
             low = middle + 1

@@ -20,7 +20,7 @@ from tests.train.engine.test_embedding import plain_embedding_metrics
 from train.checkpoint import load_state
 from train.config import TOWERS, BalanceConfig, RunConfig
 
-ENGINES = ("ddp", "zero2", "zero3")
+ENGINES = ("ddp", "zero2", pytest.param("zero3", marks=pytest.mark.slow))
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
 CLIP = 0.5
 
@@ -142,9 +142,7 @@ def tower_norm(tensors: dict[str, Tensor], tower: str) -> float:
     return math.sqrt(sum(squares))
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.slow if name == "zero2" else ()) for name in ENGINES]
-)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_measures_what_a_plain_model_has(runs, engine: str) -> None:
     ranks, _ = runs(engine)
     for metrics, expected in zip(ranks[0]["metrics"], ranks[0]["expected"], strict=True):

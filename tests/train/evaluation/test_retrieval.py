@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +130,7 @@ def test_the_whole_matrix_never_exists():
 
 @settings(deadline=None, max_examples=30)
 @given(rights=st.lists(st.integers(1, 4), min_size=1, max_size=3), wrong=st.integers(0, 3), k=st.integers(1, 9))
+@example(rights=[1, 1, 2], wrong=3, k=1)  # a half at the second place, but for rounding
 def test_chance_is_the_mean_over_all_orders(rights, wrong, k):
     total = max(rights) + wrong
     hits, ranks = [], []
