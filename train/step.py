@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import MicroBatch
+from data_pipeline.batch import MicroBatch
 from data_pipeline.seeds import micro_batch_seed
 from train import distributed
 from train.config import RunConfig

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.loader import MicroBatch
+from data_pipeline.batch import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
 from data_pipeline.seeds import micro_batch_seed
 from tests.support.bert import write_bert
@@ -162,7 +162,7 @@ def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool
     os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     os.environ["ACCELERATE_USE_CPU"] = "false" if gpu else "true"
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.deterministic = True
     from train import distributed
     from train.engine.build import engine_of_run
     from train.engine.start import start

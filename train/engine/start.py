@@ -28,6 +28,8 @@ ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED")
 def start() -> Accelerator:
     """Joins the process group and returns the Accelerator, which places and wraps models and does nothing to data.
 
+    Where there is no autocast, fp32 is fp32 in this process from here on: no TF32.
+
     Environment: DUET_TIMEOUT, seconds after which a collective that misses a rank fails (default 600).
     Raises ValueError when the world is not the size that was asked for, or precision or engine are unknown.
     """
@@ -36,6 +38,10 @@ def start() -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in PRECISIONS:
         raise ValueError(f"mixed_precision: {precision} is not supported; set it to one of {', '.join(PRECISIONS)}")
+    if precision == "no":
+        # Convolutions use TF32 unless told otherwise, and matrix products do in images whose environment asks for it.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     timeout = timedelta(seconds=positive_int("DUET_TIMEOUT", TIMEOUT_SECONDS))
     launcher = find_launcher()
     if _use_cpu(launcher):

@@ -26,13 +26,22 @@ from train.loss.ids import Ids
 @contextmanager
 def exact_matmul(device_type: str) -> Iterator[None]:
     """Matrix products in the precision of their arguments: no autocast, no TF32 or bf16 inside."""
-    precision = torch.get_float32_matmul_precision()
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for a backend by itself, which torch's older functions may not be asked about
+        precision = None
+    # The older function, because it sets both: torch refuses to multiply where the two differ.
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
 
 
 def tiled_softmax(

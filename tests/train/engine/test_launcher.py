@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.engine.launcher import Launcher, check_world_size, launch_options
 from train.engine.start import start
@@ -156,6 +157,19 @@ def test_other_precisions_are_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="mixed_precision: fp16"):
         start()
+
+
+def test_fp32_is_fp32_in_convolutions_and_matrix_products(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    try:
+        start()
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1", "2:two"])

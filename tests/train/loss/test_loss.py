@@ -150,6 +150,23 @@ def test_autocast_and_fast_matmuls_change_nothing(kind, rows):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
+def test_matmul_precision_that_is_set_for_a_backend_alone_is_kept():
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    batch, config = Batch(40, dtype=torch.float32), LossConfig(tile=16)
+    expected = value_and_gradients(batch.loss(config), batch.inputs("softmax"))
+    try:
+        for backend, value in zip(backends, ("tf32", "bf16"), strict=True):
+            backend.fp32_precision = value
+        found = value_and_gradients(batch.loss(config), batch.inputs("softmax"))
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_features_are_computed_in_fp32(kind, rows):
