@@ -37,9 +37,10 @@ class ImageTowerConfig:
     locked_stages: int = 0
     """The stem and this many stages from the bottom never learn (of a tower that is not made of stages: blocks). Their
     BatchNorm still normalizes by the micro-batch."""
-    projection: Literal["linear", "none"] = "linear"
-    """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
-    tower learns to meet them where they are. Their length must then be model.embed_dim."""
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    """linear: a learned map into the shared space; mlp: two with a GELU between them, over 2 x model.embed_dim values;
+    none: the tower's own features are the embedding, so that the other tower learns to meet them where they are. Their
+    length must then be model.embed_dim."""
     lr: float | None = None
     """Peak learning rate of this tower; null: optim.lr."""
     layer_decay: float = 1.0
@@ -64,9 +65,10 @@ class TextTowerConfig:
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
     locked_layers: int = 0
     """The embeddings and this many layers from the bottom never learn."""
-    projection: Literal["linear", "none"] = "linear"
-    """linear: a learned map into the shared space; none: the tower's own features are the embedding, so that the other
-    tower learns to meet them where they are. Their length must then be model.embed_dim."""
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    """linear: a learned map into the shared space; mlp: two with a GELU between them, over 2 x model.embed_dim values;
+    none: the tower's own features are the embedding, so that the other tower learns to meet them where they are. Their
+    length must then be model.embed_dim."""
     lr: float | None = None
     """Peak learning rate of this tower; null: optim.lr."""
     layer_decay: float = 1.0
@@ -126,7 +128,7 @@ class ModelConfig:
     embed_dim: int = 768
     """Length of the shared embedding."""
     projection_bias: bool = False
-    """Bias in the projections; true is the original recipe."""
+    """Bias of the projections' last map; true is the original recipe."""
     temperature: float = 0.07
     """Initial temperature; the parameter is log(1 / temperature). The sigmoid loss starts at 0.1 and bias -10."""
     max_logit_scale: float = 100.0

@@ -61,6 +61,7 @@ class HfTarget(Target):
         refuse(
             "hf",
             {
+                "model.image.projection mlp": run.model.image.projection == "mlp",
                 f"model.text.pooling {run.model.text.pooling}": run.model.text.pooling != "cls",
                 "loss.kind sigmoid, whose bias": run.loss.kind == "sigmoid",
             },

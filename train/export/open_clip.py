@@ -72,7 +72,11 @@ class OpenClipTarget(Target):
         (directory / CONFIG).write_text(json.dumps(config(source, directory / TEXT), indent=2) + "\n")
         model = source.model
         tensors = image_tensors(source, "visual.trunk.") | text_tensors(source, "text.transformer.")
-        tensors["visual.head.proj.weight"] = projection(model.image_projection, model.image.width)
+        if source.config.model.image.projection == "mlp":
+            head = model.image_projection.state_dict()
+            tensors |= {f"visual.head.mlp.{name}": tensor for name, tensor in head.items()}
+        else:
+            tensors["visual.head.proj.weight"] = projection(model.image_projection, model.image.width)
         tensors["text.proj.weight"] = projection(model.text_projection, model.text.width)
         tensors["logit_scale"] = model.log_scale.detach()[0]
         if model.logit_bias is not None:
@@ -97,7 +101,7 @@ def config(source: Source, text: Path) -> dict[str, Any]:
         "timm_model_name": timm_name(run.model.image.name),
         "timm_model_pretrained": False,
         "timm_pool": "",  # its own
-        "timm_proj": "linear",
+        "timm_proj": "mlp" if run.model.image.projection == "mlp" else "linear",
         "image_size": model.image_size,
     }
     text_cfg = {

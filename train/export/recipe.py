@@ -22,7 +22,8 @@ def check_recipe(target: str, source: Source) -> None:
         f"model.image.name {model.image.name}": not timm_name(model.image.name),
         f"model.image.norm {model.image.norm}": model.image.norm == "group",
         "model.multiscale.fuse true": model.multiscale.enabled and model.multiscale.fuse,
-        "model.projection_bias true": model.projection_bias and "linear" in projections,
+        "model.projection_bias true": model.projection_bias and projections != ("none", "none"),
+        "model.text.projection mlp": model.text.projection == "mlp",
     }
     refuse(target, problems)
 

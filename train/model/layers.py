@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -85,6 +86,15 @@ def lock(module: nn.Module, parts: Sequence[str]) -> None:
     inside = [number for number, name in enumerate(names) if name.startswith(tuple(f"{part}." for part in parts))]
     for name in names[: max(inside, default=-1) + 1]:
         module.get_parameter(name).requires_grad_(False)
+
+
+def mlp(width: int, hidden: int, out: int, bias: bool) -> nn.Sequential:
+    """Two linear maps with a GELU between them: [..., width] -> [..., out]; `bias` is that of the second.
+
+    It is timm's Mlp in shape and names, which is the projection `mlp` of open_clip's image towers.
+    """
+    first, second = nn.Linear(width, hidden), nn.Linear(hidden, out, bias=bias)
+    return nn.Sequential(OrderedDict(fc1=first, act=nn.GELU(), fc2=second))
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from data_pipeline.seeds import model_seed
 from train import terms
 from train.config import ModelConfig, RunConfig
 from train.model.image import ImageTower
-from train.model.layers import has_dropout
+from train.model.layers import has_dropout, mlp
 from train.model.norm import convert, not_recording
 from train.model.text import TextTower
 from train.terms.base import Encoded, Term
@@ -99,6 +99,8 @@ class PairModel(nn.Module):
         config = self.config
         if getattr(config, tower).projection == "linear":
             return nn.Linear(width, config.embed_dim, bias=config.projection_bias)
+        if getattr(config, tower).projection == "mlp":
+            return mlp(width, 2 * config.embed_dim, config.embed_dim, bias=config.projection_bias)
         if width != config.embed_dim:
             raise ValueError(
                 f"model.embed_dim {config.embed_dim}: with model.{tower}.projection none the embedding is as long "

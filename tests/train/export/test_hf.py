@@ -35,6 +35,8 @@ def test_auto_classes_load_it_and_its_card_says_what_the_run_says(run: Path, tmp
     ("section", "field", "value", "message"),
     [
         ("model", "projection_bias", True, "--model.projection_bias true cannot be expressed by the target hf"),
+        ("model.image", "projection", "mlp", "--model.image.projection mlp cannot be expressed by the target hf"),
+        ("model.text", "projection", "mlp", "--model.text.projection mlp cannot be expressed by the target hf"),
         ("model.text", "pooling", "mean", "--model.text.pooling mean cannot be expressed"),
         ("model.image", "norm", "group", "--model.image.norm group cannot be expressed"),
         ("model.image", "name", "mobilenet_v3_small", "--model.image.name mobilenet_v3_small cannot be expressed"),

@@ -1,11 +1,15 @@
 """ONNX files: verified from image files on, of free batch and length, in two precisions."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.train.export.conftest import write_run
+from train.config import RunConfig
 from train.export.__main__ import main
 from train.export.source import load_source
 
@@ -13,8 +17,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def test_both_precisions_take_any_batch_and_length(run: Path, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
+def test_both_precisions_take_any_batch_and_length(config: RunConfig, tmp_path: Path, capsys) -> None:
+    given, out = replace(config, model=deepcopy(config.model), runs_dir=str(tmp_path / "runs")), tmp_path / "out"
+    given.model.image.projection = given.model.text.projection = "mlp"
+    run = write_run(given, steps=1)
     assert main(["--run", str(run), "--to", "onnx", str(out)]) == 0
     said = capsys.readouterr().out
     assert "fp32: least cosine" in said and "fp16: least cosine" in said
@@ -24,10 +30,10 @@ def test_both_precisions_take_any_batch_and_length(run: Path, tmp_path: Path, ca
     mask_BL = (torch.arange(19) < torch.tensor([[19], [7], [2]])).long()
     with torch.no_grad():
         wanted = source.model.encode_image(images_BCHW), source.model.encode_text(ids_BL, mask_BL)
-    given = {"images": images_BCHW.numpy()}, {"ids": ids_BL.numpy(), "mask": mask_BL.numpy()}
+    inputs = {"images": images_BCHW.numpy()}, {"ids": ids_BL.numpy(), "mask": mask_BL.numpy()}
     for suffix, tolerance in (("", 1e-5), ("_fp16", 5e-3)):
-        for name, inputs, wanted_BD in zip(("image", "text"), given, wanted, strict=True):
-            found = onnxruntime.InferenceSession(out / f"{name}{suffix}.onnx").run(None, inputs)[0]
+        for name, given_to, wanted_BD in zip(("image", "text"), inputs, wanted, strict=True):
+            found = onnxruntime.InferenceSession(out / f"{name}{suffix}.onnx").run(None, given_to)[0]
             assert found.dtype == np.float32
             assert np.abs(found - wanted_BD.numpy()).max() < tolerance, name + suffix
     assert (out / "image_fp16.onnx").stat().st_size < 0.6 * (out / "image.onnx").stat().st_size

@@ -46,9 +46,12 @@ def python() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_open_clip_loads_it_from_where_it_was_put(config: RunConfig, tmp_path: Path, python: str, capsys, kind) -> None:
-    given = replace(config, loss=replace(config.loss, kind=kind), runs_dir=str(tmp_path / "runs"))
+@pytest.mark.parametrize(("kind", "projection"), [("softmax", "linear"), ("sigmoid", "mlp")])
+def test_open_clip_loads_it_from_where_it_was_put(
+    config: RunConfig, tmp_path: Path, python: str, capsys, kind, projection
+) -> None:
+    model = replace(config.model, image=replace(config.model.image, projection=projection))
+    given = replace(config, model=model, loss=replace(config.loss, kind=kind), runs_dir=str(tmp_path / "runs"))
     run, out = write_run(given, steps=1), tmp_path / "out"
     assert main(["--run", str(run), "--to", "open_clip", "--python", python, str(out)]) == 0
     assert "open_clip: least cosine image 0.9999" in capsys.readouterr().out

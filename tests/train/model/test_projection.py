@@ -1,4 +1,4 @@
-"""Towers without a projection into the shared space."""
+"""Towers with a projection of two layers into the shared space, and with none."""
 
 import pytest
 import torch
@@ -38,6 +38,29 @@ def test_a_locked_tower_without_a_projection_leaves_all_learning_to_the_other(co
 
 def parts_of_text(model: PairModel, config) -> set[str]:
     return {group["part"] for group in param_groups(model, config) if group["tower"] == "text"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_of_two_layers_learns_as_one_does_and_its_hidden_layer_is_twice_the_embedding(config, bias):
+    config.model.image.projection = config.model.text.projection = "mlp"
+    config.model.projection_bias = bias
+    model = build_model(config, MEAN, STD).eval()
+    batch = model.blank_micro_batch()
+    features_BD = model.text(batch.ids_BL, batch.mask_BL)
+    weights = model.text_projection.state_dict()
+    shapes = {"fc1.weight": (32, 32), "fc1.bias": (32,), "fc2.weight": (16, 32)} | ({"fc2.bias": (16,)} if bias else {})
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
+    hidden_BH = F.gelu(F.linear(features_BD, weights["fc1.weight"], weights["fc1.bias"]))
+    expected_BD = F.linear(hidden_BH, weights["fc2.weight"], weights.get("fc2.bias"))
+    torch.testing.assert_close(model([batch], [0])["text"], F.normalize(expected_BD.float(), dim=-1))
+    assert model.image_projection.fc1.weight.shape == (32, 512) and model.image_projection.fc2.weight.shape == (16, 32)
+
+    groups = {name: group for group in param_groups(model, config) for name in group["names"]}
+    for tower in ("image", "text"):
+        for name in weights:
+            group = groups[f"{tower}_projection.{name}"]
+            decay = config.optim.weight_decay if name.endswith("weight") else 0
+            assert (group["tower"], group["part"], group["weight_decay"]) == (tower, "projection", decay)
 
 
 @pytest.mark.parametrize(("tower", "width"), [("image", 512), ("text", 32)])
