@@ -91,6 +91,9 @@ class DataConfig:
     eval_crop: float = 1.0
     """Side of the square in the middle that evaluation looks at, as a share of the image's shorter side; above 0, at
     most 1. Random crops show things larger in training: 0.875 makes up for some of that (arXiv 1906.06423)."""
+    eval_size: int = 0
+    """Height and width of the images in evaluation and in exports, in pixels; 0: image_size. Towers that take images of
+    any size often do better with somewhat larger ones than in training (arXiv 1906.06423)."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Caption policy in training."""
     lanes: int = 8
@@ -109,3 +112,8 @@ class DataConfig:
     """Directory of the node-local cache for remote shards; empty: ~/.cache/duet."""
     cache_gb: float = machine(100.0)
     """Size of that cache in GB (1e9 bytes); least recently used shards leave first."""
+
+    @property
+    def evaluated_size(self) -> int:
+        """Height and width of the images in evaluation and in exports, in pixels."""
+        return self.eval_size or self.image_size

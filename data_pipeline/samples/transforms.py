@@ -29,10 +29,11 @@ def train_transform(config: DataConfig) -> TrainTransform:
 
 
 def eval_transform(config: DataConfig) -> EvalTransform:
-    """The evaluation transform, without randomness: image bytes or opened image -> uint8 [3, image_size, image_size].
+    """The evaluation transform, without randomness: image bytes or opened image -> uint8 [3, size, size].
 
-    The square in the middle whose side is `eval_crop` of the shorter side, resized: the same as shorter side to
-    image_size / eval_crop, then a crop in the middle. Raises ValueError naming the field that cannot be used.
+    The square in the middle whose side is `eval_crop` of the shorter side, resized to `eval_size` (`image_size` where
+    that is 0): the same as shorter side to size / eval_crop, then a crop in the middle. Raises ValueError naming the
+    field that cannot be used.
     """
     return EvalTransform(config)
 
@@ -42,7 +43,7 @@ class EvalTransform:
 
     def __init__(self, config: DataConfig):
         self.background = _checked(config)
-        self.size, self.max_pixels, self.share = config.image_size, config.max_pixels, config.eval_crop
+        self.size, self.max_pixels, self.share = config.evaluated_size, config.max_pixels, config.eval_crop
 
     def __call__(self, source: bytes | Image.Image) -> Tensor:
         """Raises BadSample where the image cannot be used."""
@@ -99,6 +100,8 @@ def _checked(config: DataConfig) -> RGB:
     if config.image_size < 1:
         raise ValueError(f"data.image_size is {config.image_size}: at least 1 pixel")
     # Of both, so that a run says it before it trains, not at its first evaluation.
+    if config.eval_size < 0:
+        raise ValueError(f"data.eval_size is {config.eval_size}: pixels, or 0 for those of data.image_size")
     if not 0 < config.eval_crop <= 1:
         raise ValueError(f"data.eval_crop is {config.eval_crop}: a share above 0 and at most 1, such as 0.875")
     red, green, blue = config.background

@@ -27,7 +27,7 @@ class EvalSource:
     ):
         self.readers, self.tokenizer, self.transform = readers, tokenizer, eval_transform(config)
         self.batches = [positions[start : start + batch] for start in range(0, len(positions), batch)]
-        self.empty_BCHW = torch.empty((0, 3, config.image_size, config.image_size), dtype=torch.uint8)
+        self.empty_BCHW = torch.empty((0, 3, config.evaluated_size, config.evaluated_size), dtype=torch.uint8)
 
     def __call__(self) -> Iterator[EvalBatch]:
         for positions in of_this_worker(self.batches):

@@ -201,7 +201,7 @@ def _in_step(batches: Iterable[EvalBatch], blank: EvalBatch) -> Iterator[EvalBat
 
 def _blank(config: RunConfig) -> EvalBatch:
     """One black image and one empty caption, which count for no sample."""
-    side = config.data.image_size
+    side = config.data.evaluated_size
     return EvalBatch(
         images_BCHW=torch.zeros(1, 3, side, side, dtype=torch.uint8),
         ids_ML=torch.zeros(1, 8, dtype=torch.int64),

@@ -45,7 +45,7 @@ def description(source: Source) -> dict:
     bias = source.model.logit_bias
     return {
         "embed_dim": source.config.model.embed_dim,
-        "image_size": source.model.image_size,
+        "image_size": source.image_size,
         "max_tokens": source.config.data.max_tokens,
         "mean": source.state.mean,
         "std": source.state.std,

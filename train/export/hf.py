@@ -97,7 +97,7 @@ class HfTarget(Target):
         (directory / "README.md").write_text(model_card(source))
 
     def _write_pixels(self, source: Source, directory: Path) -> None:
-        size = source.model.image_size
+        size = source.image_size
         CLIPImageProcessor(
             size={"shortest_edge": round(size / source.config.data.eval_crop)},
             crop_size={"height": size, "width": size},

@@ -67,7 +67,7 @@ class OnnxTarget(Target):
         import onnx
         from onnxruntime.transformers import float16
 
-        for name, program in programs(source.model).items():
+        for name, program in programs(source.model, source.image_size).items():
             made = torch.onnx.export(
                 program,
                 opset_version=OPSET,

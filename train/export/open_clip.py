@@ -102,7 +102,7 @@ def config(source: Source, text: Path) -> dict[str, Any]:
         "timm_model_pretrained": False,
         "timm_pool": "",  # its own
         "timm_proj": "mlp" if run.model.image.projection == "mlp" else "linear",
-        "image_size": model.image_size,
+        "image_size": source.image_size,
     }
     text_cfg = {
         "hf_model_name": str(text.resolve()),
@@ -116,7 +116,7 @@ def config(source: Source, text: Path) -> dict[str, Any]:
     if model.logit_bias is not None:
         content["init_logit_bias"] = 0.0  # that there is one
     pixels = {
-        "size": model.image_size,
+        "size": source.image_size,
         "mean": source.state.mean,
         "std": source.state.std,
         "interpolation": "bicubic",

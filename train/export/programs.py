@@ -35,14 +35,15 @@ class TextProgram(nn.Module):
         return self.model.encode_text(ids_BL, mask_BL)
 
 
-def programs(model: PairModel) -> dict[str, torch.export.ExportedProgram]:
-    """Both encoders traced, for batches and captions of any length up to the model's."""
+def programs(model: PairModel, image_size: int) -> dict[str, torch.export.ExportedProgram]:
+    """Both encoders traced: images have that height and width; batches and, up to the model's, captions any length."""
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=model.text.max_tokens)
     example = model.blank_micro_batch(rows=2, tokens=8)
+    images_BCHW = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
     both = {0: batch, 1: length}
     traced = {
-        "image": (ImageProgram(_without(model, "text")), (example.images_BCHW,), {"images_BCHW": {0: batch}}),
+        "image": (ImageProgram(_without(model, "text")), (images_BCHW,), {"images_BCHW": {0: batch}}),
         "text": (
             TextProgram(_without(model, "image")),
             (example.ids_BL, example.mask_BL),

@@ -34,6 +34,11 @@ class Source:
     averaged: bool
     """Whether the weights are moving averages (`optim.ema`)."""
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the export takes, in pixels: those of evaluation."""
+        return self.config.data.evaluated_size
+
 
 def load_source(run: str | Path, step: str = "", soup: Sequence[str] = ()) -> Source:
     """The newest model of a run or that of a step, with averaged weights where the run has them.

@@ -69,7 +69,7 @@ def export(source: Source, target: Target, out: Path) -> list[str]:
     shutil.rmtree(pairs, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        images, captions = make_pairs(pairs, round(source.model.image_size / source.config.data.eval_crop))
+        images, captions = make_pairs(pairs, round(source.image_size / source.config.data.eval_crop))
         with torch.no_grad():
             target.write(source, part)
             wanted = reference(source, images, captions)

@@ -61,7 +61,7 @@ class TorchTarget(Target):
         """Every model can be traced."""
 
     def write(self, source: Source, directory: Path) -> None:
-        for name, program in programs(source.model).items():
+        for name, program in programs(source.model, source.image_size).items():
             torch.export.save(program, directory / f"{name}.pt2")
         write_inputs(source, directory)
         (directory / "load.py").write_text(LOAD)

@@ -78,6 +78,17 @@ def describe(
     return Backbone(module, features.shape[1], list(blocks), list(stages), channels_last)
 
 
+def check_eval_size(module: nn.Module, image_size: int, name: str) -> None:
+    """Raises ValueError where images of that height and width do not go through; `name` is `model.image.name`."""
+    try:
+        _blank_forward(module, image_size)
+    except Exception as error:  # each model has its own kinds of failure
+        raise ValueError(
+            f"data.eval_size {image_size}: such images do not go through model.image.name {name} ({error}); "
+            "set it to 0, which is data.image_size"
+        ) from error
+
+
 def _repeated(blocks: list[str]) -> list[str]:
     """Without blocks at the edges, and, where a tower has sequences, without single blocks beside these."""
     blocks = [name for name in blocks if not set(name.split(".")) & set(EDGES)]

@@ -18,6 +18,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.seeds import model_seed
 from train import terms
 from train.config import ModelConfig, RunConfig
+from train.model.backbone import check_eval_size
 from train.model.image import ImageTower
 from train.model.layers import has_dropout, mlp
 from train.model.norm import convert, not_recording
@@ -260,7 +261,8 @@ def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], 
         pretrained: False gives fresh weights whatever the config says, for weights that are loaded afterwards.
 
     Raises:
-        ValueError: a tower cannot be built, or captions may be longer than the text tower has positions.
+        ValueError: a tower cannot be built, the image tower does not take images as large as evaluation's, or captions
+            may be longer than the text tower has positions.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model_seed(config.train.seed))
@@ -272,6 +274,8 @@ def build_model(config: RunConfig, mean: Sequence[float], std: Sequence[float], 
             sigmoid=config.loss.kind == "sigmoid",
             pretrained=pretrained,
         )
+    if config.data.evaluated_size != config.data.image_size:
+        check_eval_size(model.image.backbone, config.data.evaluated_size, config.model.image.name)
     if config.data.max_tokens > model.text.max_tokens:
         raise ValueError(
             f"data.max_tokens {config.data.max_tokens} is more than the {model.text.max_tokens} positions of "

@@ -58,6 +58,12 @@ def test_eval_is_resize_and_centre_crop(size: tuple[int, int], kind: str, crop: 
     assert far(seen, plain(Image.open(io.BytesIO(data)))) < 3
 
 
+def test_evaluation_may_look_at_larger_images_than_training() -> None:
+    data, sizes = encoded(picture(100, 60)), {"image_size": 32, "eval_size": 48}
+    assert torch.equal(eval_transform(DataConfig(**sizes))(data), eval_transform(DataConfig(image_size=48))(data))
+    assert torch.equal(train(data, OFF, eval_size=48), train(data, OFF))
+
+
 def test_no_augmentation_is_the_eval_transform() -> None:
     for size in ((100, 60), (60, 100), (64, 64)):
         data = encoded(picture(*size))
@@ -239,7 +245,7 @@ def test_unusable_values_are_refused_by_name(wrong: dict) -> None:
         train_transform(DataConfig(augment=AugmentConfig(**wrong)))
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"eval_crop": 0.0}, {"eval_crop": 1.5}])
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"eval_size": -1}, {"eval_crop": 0.0}, {"eval_crop": 1.5}])
 @pytest.mark.parametrize("transform", [eval_transform, train_transform])
 def test_sizes_are_checked_before_training(wrong: dict, transform: Callable) -> None:
     (name,) = wrong

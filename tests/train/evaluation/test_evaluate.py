@@ -71,6 +71,13 @@ def test_evaluation_equals_encoding_one_at_a_time(config, data):
     assert own == pytest.approx(reference(images_ND.numpy(), texts_MD.numpy(), np.array(owners)))
 
 
+def test_a_run_is_evaluated_at_the_size_that_it_says(config, data):
+    larger, same = copy.deepcopy(config), copy.deepcopy(config)
+    larger.data.eval_size, same.data.image_size = 48, 48
+    found, wanted, plain = (measured(each, data).features.image_ND for each in (larger, same, config))
+    assert torch.equal(found, wanted) and not torch.allclose(found, plain, atol=1e-3)
+
+
 def test_evaluation_leaves_the_model_as_it_was(config, data):
     model, tokenizer = parts(config)
     model.train()

@@ -52,7 +52,7 @@ def stir(model: PairModel, seed: int) -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = small_config(tmp_path_factory.mktemp("export"))
-    config.data.image_size, config.optim.ema, config.checkpoint.keep = 64, 0.9, 0
+    config.data.image_size, config.data.eval_size, config.optim.ema, config.checkpoint.keep = 48, 64, 0.9, 0
     return config
 
 

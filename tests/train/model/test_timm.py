@@ -202,6 +202,10 @@ def test_models_of_a_fixed_size_are_built_for_the_images(tmp_path):
     assert torch.equal(larger.pos_embed[:, 0], vit.pos_embed[:, 0])
     with pytest.raises(ValueError, match=r"^data\.image_size 40.*timm/test_vit"):
         tower("test_vit", 40)
+    config = run_config(write_text_tower(tmp_path), "timm/test_vit")
+    config.data.eval_size = 40
+    with pytest.raises(ValueError, match=r"^data\.eval_size 40: such images do not go through .*timm/test_vit"):
+        build_model(config, [0.5] * 3, [0.25] * 3)
 
 
 def test_dropout_and_drop_path_are_handed_on(tmp_path):
