@@ -1,4 +1,7 @@
-"""Captions -> token ids, padded to the longest caption of the batch. Shape suffixes: B captions, L tokens."""
+"""Captions -> token ids, padded to the longest caption of the batch. Shape suffixes: B captions, L tokens.
+
+SigLIP's are padded to max_tokens, by tokens like any other: it was trained to read its padding.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.hub import TEXTS, fetch
+
 # Loader processes are the parallelism here; threads inside them would only compete (and cannot survive a fork).
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HUB_TIMEOUT_SECONDS = 5
 # What tokenizer_config.json notes of how it was loaded, and of code that is never run.
 NOT_KEPT = ("is_local", "local_files_only", "trust_remote_code", "name_or_path", "auto_map")
 ROUND_TO = 8
@@ -38,7 +42,7 @@ class Tokenizer:
                 f"name a directory that holds tokenizer.json, or vocab.txt and tokenizer_config.json"
             )
         if self._tokenizer.pad_token_id is None:
-            raise ValueError(f"model.text.tokenizer {name} has no padding token; use one of a BERT-family encoder")
+            raise ValueError(f"model.text.tokenizer {name} has no padding token; use the one of the text tower")
         least = self._tokenizer.num_special_tokens_to_add() + 1
         if max_tokens < least:
             raise ValueError(f"data.max_tokens is {max_tokens}: at least {least}, the special tokens and one more")
@@ -46,6 +50,8 @@ class Tokenizer:
         self.pad_id = int(self._tokenizer.pad_token_id)
         self.mask_id: int | None = self._tokenizer.mask_token_id
         self.special_ids = frozenset(special)
+        self.fills = "attention_mask" not in self._tokenizer.model_input_names or _is_siglip(self._tokenizer)
+        """Whether captions are filled up to max_tokens with padding that counts as tokens; its files keep that."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +82,8 @@ class Tokenizer:
             path = directory / "tokenizer_config.json"
             options = json.loads(path.read_text(encoding="utf-8"))
             options = {key: value for key, value in options.items() if key not in NOT_KEPT}
+            if self.fills:
+                options["model_input_names"] = ["input_ids"]
             path.write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             if Tokenizer(name, self.max_tokens).identity() != self.identity():
                 raise ValueError(
@@ -89,6 +97,7 @@ class Tokenizer:
         """ids_BL and mask_BL (1 for a token, 0 for padding on the right), both int64.
 
         L is the longest caption in tokens rounded up to 8, and at most max_tokens: a function of these captions alone.
+        Of a tokenizer that fills, L is max_tokens, and the mask is all ones.
         """
         rows = (
             self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
@@ -96,23 +105,17 @@ class Tokenizer:
             else []
         )
         longest = max(map(len, rows), default=1)
-        length = min(-(-longest // ROUND_TO) * ROUND_TO, self.max_tokens)
+        length = self.max_tokens if self.fills else min(-(-longest // ROUND_TO) * ROUND_TO, self.max_tokens)
         ids_BL = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        mask_BL = torch.zeros((len(rows), length), dtype=torch.int64)
+        mask_BL = torch.full((len(rows), length), int(self.fills), dtype=torch.int64)
         for row, ids in enumerate(rows):
             ids_BL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             mask_BL[row, : len(ids)] = 1
         return ids_BL, mask_BL
 
 
-def ask_hub(name: str) -> None:
-    """Raises what the hub's client raises when the hub does not have `name` or cannot be reached, within seconds.
-
-    One short question before a download: transformers retries for most of a minute where there is no network.
-    """
-    from huggingface_hub import HfApi
-
-    HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+def _is_siglip(tokenizer) -> bool:
+    return type(tokenizer).__name__.startswith("Siglip")
 
 
 def first_line(error: Exception) -> str:
@@ -133,8 +136,8 @@ def _load(name: str):
         except Exception:
             if local:
                 raise
-            ask_hub(name)
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            fetch(name, TEXTS)
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the hub, damaged files and unknown kinds each have exceptions of their own
         raise ValueError(_remedy(name, error)) from error
 

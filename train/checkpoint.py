@@ -78,6 +78,8 @@ class TrainState:
     """Of forward passes, bf16 or no; empty in format 1."""
     code: str = ""
     """Commit, or hash of the sources, that made the latest steps; empty in format 1."""
+    init: str = ""
+    """The sha256 of the weights that `init` named; empty where it named none."""
     balance: dict[str, float] = field(default_factory=dict)
     """What modality balance has measured, and the multipliers of the learning rates."""
 

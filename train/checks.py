@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.text.locked_until": (_at_least(-1), "a step, 0 for from the start, or -1 for never"),
     "model.text.locked_layers": (_at_least(0), "how many layers, 0 is none"),
     "model.text.lr": (_at_least(0), "0 or more, or null for optim.lr"),
+    "model.text.positions": (_at_least(0), "tokens, 0 for as many as the encoder comes with"),
     "model.self_supervision.mask": (_above_to_1, "a share of the words above 0 and at most 1, such as 0.15"),
     "model.embed_dim": (_at_least(1), "at least 1"),
     "model.temperature": (_above(0), "above 0, such as 0.07"),

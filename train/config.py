@@ -51,16 +51,20 @@ class ImageTowerConfig:
 
 @dataclass
 class TextTowerConfig:
-    """Any BERT-family encoder."""
+    """Any BERT-family encoder, the text half of CLIP or SigLIP, or the encoder of a T5 or mT5."""
 
     name: str = "bert-base-uncased"
-    """Hub name, or a directory with config.json and weights."""
+    """Hub name, or a directory with config.json and weights; of a pair such as CLIP's its text half is taken."""
     weights: Literal["pretrained", "scratch"] = "pretrained"
     """pretrained: the weights at `name`; scratch: its architecture with fresh weights."""
     tokenizer: str = ""
     """Hub name or directory of the tokenizer; empty: the same as `name`."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """cls: the first token's vector; mean: the mean over the caption's tokens."""
+    pooling: Literal["cls", "mean", "last", "pooler"] = "cls"
+    """cls: the first token's vector; mean: the mean over the caption's tokens; last: the last one's (CLIP's end of the
+    text, SigLIP's last place); pooler: the first token's through the encoder's own pooling layer."""
+    positions: int = 0
+    """Longest caption, in tokens, that the encoder has positions for; 0: as many as it comes with. Another number is
+    interpolated from those linearly."""
     locked_until: int = 0
     """Step at which the tower starts to learn; 0: from the start; -1: never."""
     locked_layers: int = 0
@@ -293,6 +297,9 @@ class RunConfig:
     """Name of the run: its directory is <runs_dir>/<name>."""
     runs_dir: str = machine("runs")
     """Directory that holds run directories."""
+    init: str = ""
+    """A trained pair to start from, towers, projections and temperature: open_clip:MODEL or hf:MODEL (a directory or a
+    name on the hub), or duet:RUN (a run, a checkpoint, or an export); empty: what both towers say themselves."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -28,6 +28,8 @@ from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed
+from train.init.fit import fill
+from train.init.origin import open_origin
 from train.model.pair import build_model
 from train.model.text_files import text_files, tokenizer_name, with_own_text
 from train.report.page import write_report
@@ -85,6 +87,8 @@ def train(run: Run) -> int:
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
     clock = time.perf_counter()
     found: dict[str, Evaluation] = {}
+    if config.init and not state.step:
+        held_out(run, run.suite.tasks)  # what it starts from
     while state.step < run.steps and not run.best.exhausted:
         micro_batches = fetch(batches, share, engine.device)
         waited = time.perf_counter() - clock
@@ -204,8 +208,12 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     if found is not None:
         checkpoint.check_text(found, config)
         source = with_own_text(config, found)
+    origin = open_origin(config) if config.init and found is None else None
     torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
-    model = build_model(source, feed.mean, feed.std, pretrained=found is None)
+    model = build_model(source, feed.mean, feed.std, pretrained=found is None and origin is None)
+    lines = fill(model, origin, config) if origin is not None else []
+    if origin is not None:
+        state.init = origin.sha256
     if found is not None:
         state = checkpoint.load_state(found)
         if state.data_hash != feed.identity:
@@ -221,6 +229,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
 
     state.precision, state.code = engine.precision, code_version()
     tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
+    tokenizer.fills |= model.text.reads_padding
     files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
     batches = feed.batches(tokenizer, state.step)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
@@ -230,7 +239,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"resumes from {found}")
-    for line in hints(config, feed.steps):
+    for line in [*lines, *hints(config, feed.steps)]:
         tracker.message(line)
     if found is None and distributed.is_main():
         try:

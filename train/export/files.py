@@ -47,6 +47,7 @@ def description(source: Source) -> dict:
         "embed_dim": source.config.model.embed_dim,
         "image_size": source.image_size,
         "max_tokens": source.config.data.max_tokens,
+        "padding": "max_length" if source.tokenizer.fills else "longest",
         "mean": source.state.mean,
         "std": source.state.std,
         "logit_scale": scale,

@@ -4,8 +4,7 @@
     tokenizer.json ..., preprocessor_config.json    for AutoProcessor
     README.md                         a model card: what the run says of itself, and nothing that was not measured
 
-transformers pools a text by tanh(W x); here W is the identity times 2**-12, where tanh is straight to seven digits, and
-the projection makes up for it.
+transformers pools a text by tanh(W x); train/model/names.py says how x itself comes through.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from train.export.apart import embed_apart
 from train.export.card import model_card
 from train.export.files import write_tokenizer
 from train.export.pairs import ROUGH_TIE, Features
-from train.export.recipe import check_recipe, image_tensors, projection, refuse, text_tensors, timm_name
+from train.export.recipe import check_recipe, refuse, stock_tensors
 from train.export.source import Source
 from train.export.target import Target
+from train.model.names import DUAL_ENCODER, FLAT, outward, timm_name
 
-FLAT = 2.0**-12
 EMBED = """
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -62,7 +61,7 @@ class HfTarget(Target):
             "hf",
             {
                 "model.image.projection mlp": run.model.image.projection == "mlp",
-                f"model.text.pooling {run.model.text.pooling}": run.model.text.pooling != "cls",
+                f"model.text.pooling {run.model.text.pooling}": run.model.text.pooling not in ("cls", "pooler"),
                 "loss.kind sigmoid, whose bias": run.loss.kind == "sigmoid",
             },
         )
@@ -82,12 +81,11 @@ class HfTarget(Target):
             raise ValueError(
                 f"model.text.name of type {text.model_type} cannot be expressed by the target hf: no pooler"
             )
-        tensors = image_tensors(source, "vision_model.timm_model.") | text_tensors(source, "text_model.")
-        tensors["text_model.pooler.dense.weight"] = torch.eye(model.text.width) * FLAT
-        tensors["text_model.pooler.dense.bias"] = torch.zeros(model.text.width)
-        tensors["visual_projection.weight"] = projection(model.image_projection, model.image.width)
-        tensors["text_projection.weight"] = projection(model.text_projection, model.text.width) / FLAT
-        tensors["logit_scale"] = model.log_scale.detach()[0]
+        tensors = outward(stock_tensors(source), DUAL_ENCODER)
+        if run.model.text.pooling == "cls":
+            tensors["text_model.pooler.dense.weight"] = torch.eye(model.text.width) * FLAT
+            tensors["text_model.pooler.dense.bias"] = torch.zeros(model.text.width)
+            tensors["text_projection.weight"] = tensors["text_projection.weight"] / FLAT
         made.load_state_dict(tensors)
         made.save_pretrained(directory)
         write_tokenizer(source, directory)

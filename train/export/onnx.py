@@ -43,8 +43,11 @@ def images(paths):
 
 
 def texts(captions):
-    ids = tokenizer(captions, padding=True, truncation=True, max_length=config["max_tokens"], return_tensors="np")
-    return torch.from_numpy(text.run(None, {"ids": ids["input_ids"], "mask": ids["attention_mask"]})[0])
+    options = {"padding": config["padding"], "truncation": True, "max_length": config["max_tokens"]}
+    tokens = tokenizer(captions, **options, return_tensors="np")
+    ids = tokens["input_ids"]
+    mask = tokens.get("attention_mask", ids * 0 + 1)
+    return torch.from_numpy(text.run(None, {"ids": ids, "mask": mask})[0])
 """
 
 

@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from train.export.apart import embed_apart
 from train.export.files import write_tokenizer
 from train.export.pairs import ROUGH_TIE, Features
-from train.export.recipe import check_recipe, image_tensors, projection, refuse, text_tensors, timm_name
+from train.export.recipe import check_recipe, refuse, stock_tensors
 from train.export.source import Source
 from train.export.target import Target
+from train.model.names import OPEN_CLIP, outward, timm_name
 from train.model.text_files import TEXT
 
 CONFIG = "open_clip_config.json"
-POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler", "pooler": "cls_pooler"}
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 EMBED = """
 import open_clip
@@ -59,6 +60,7 @@ class OpenClipTarget(Target):
                 # It resizes the shorter side to the image size, and takes the middle.
                 f"data.eval_crop {source.config.data.eval_crop}": source.config.data.eval_crop != 1,
                 f"model.text.name of type {encoder.model_type}": encoder.model_type not in ENCODERS,
+                f"model.text.pooling {source.config.model.text.pooling}": source.model.text.pooling not in POOLERS,
                 # It takes this token for padding, wherever it is.
                 f"model.text.tokenizer with padding token {source.tokenizer.pad_id}, the encoder's being "
                 f"{encoder.pad_token_id},": encoder.pad_token_id != source.tokenizer.pad_id,
@@ -70,17 +72,7 @@ class OpenClipTarget(Target):
         (directory / TEXT / "config.json").write_bytes(source.model.text.config_file())
         write_tokenizer(source, directory)
         (directory / CONFIG).write_text(json.dumps(config(source, directory / TEXT), indent=2) + "\n")
-        model = source.model
-        tensors = image_tensors(source, "visual.trunk.") | text_tensors(source, "text.transformer.")
-        if source.config.model.image.projection == "mlp":
-            head = model.image_projection.state_dict()
-            tensors |= {f"visual.head.mlp.{name}": tensor for name, tensor in head.items()}
-        else:
-            tensors["visual.head.proj.weight"] = projection(model.image_projection, model.image.width)
-        tensors["text.proj.weight"] = projection(model.text_projection, model.text.width)
-        tensors["logit_scale"] = model.log_scale.detach()[0]
-        if model.logit_bias is not None:
-            tensors["logit_bias"] = model.logit_bias.detach()[0]
+        tensors = outward(stock_tensors(source), OPEN_CLIP)
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(tensors, directory / "open_clip_model.safetensors")
 

@@ -1,17 +1,12 @@
-"""What other libraries' own classes can express of a recipe, and under which names they know its tensors."""
+"""What other libraries' own classes can express of a recipe, and the tensors that they have of it."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.export.source import Source
-
-TORCHVISION_IN_TIMM = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
-)
-"""torchvision models whose tensors have the same names in timm's model of the same name."""
+from train.model.names import timm_name
 
 
 def check_recipe(target: str, source: Source) -> None:
@@ -35,28 +30,17 @@ def refuse(target: str, problems: dict[str, bool]) -> None:
             raise ValueError(f"{field} cannot be expressed by the target {target}; the target torch takes any model")
 
 
-def timm_name(name: str) -> str:
-    """The timm model with the same tensors under the same names as an image tower; empty where there is none."""
-    if name.startswith("timm/"):
-        return name.removeprefix("timm/")
-    return name if name in TORCHVISION_IN_TIMM else ""
+def stock_tensors(source: Source) -> dict[str, Tensor]:
+    """The pair's tensors that other libraries have, with what they lack in a pair made up.
 
-
-def image_tensors(source: Source, prefix: str) -> dict[str, Tensor]:
-    """The image tower's tensors by timm's names; a frozen norm lacks the count of batches that others keep."""
-    tensors = {f"{prefix}{name}": tensor for name, tensor in source.model.image.backbone.state_dict().items()}
+    That is the identity for a projection where there is none, and the count of batches of a frozen norm.
+    """
+    model = source.model
+    tensors = dict(model.state_dict())
     for name in list(tensors):
-        if name.endswith("running_mean"):
-            count = name.replace("running_mean", "num_batches_tracked")
-            tensors.setdefault(count, torch.tensor(0))
+        if name.startswith("image.") and name.endswith("running_mean"):
+            tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    for tower, width in (("image", model.image.width), ("text", model.text.width)):
+        if not any(name.startswith(f"{tower}_projection.") for name in tensors):
+            tensors[f"{tower}_projection.weight"] = torch.eye(width)
     return tensors
-
-
-def text_tensors(source: Source, prefix: str) -> dict[str, Tensor]:
-    """The text encoder's tensors by transformers' names."""
-    return {f"{prefix}{name}": tensor for name, tensor in source.model.text.encoder.state_dict().items()}
-
-
-def projection(module: nn.Module, width: int) -> Tensor:
-    """The matrix of a projection [D, width]; the identity where there is none."""
-    return module.weight.detach() if isinstance(module, nn.Linear) else torch.eye(width)

@@ -54,6 +54,8 @@ def load_source(run: str | Path, step: str = "", soup: Sequence[str] = ()) -> So
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"run {run}: there is no run (config.yaml) in this directory")
+    if soup and (len(soup) < 2 or not all(soup)):
+        raise ValueError(f"soup {','.join(soup)}: give two steps or more, such as 1000,2000")
     if step and soup:
         raise ValueError(f"step {step}: give either this or --soup")
     wanted = list(soup) if soup else [step]

@@ -45,8 +45,10 @@ def images(paths):
 
 @torch.no_grad()
 def texts(captions):
-    ids = tokenizer(captions, padding=True, truncation=True, max_length=CONFIG["max_tokens"], return_tensors="pt")
-    return encode_text(ids["input_ids"], ids["attention_mask"])
+    options = {"padding": CONFIG["padding"], "truncation": True, "max_length": CONFIG["max_tokens"]}
+    tokens = tokenizer(captions, **options, return_tensors="pt")
+    ids = tokens["input_ids"]
+    return encode_text(ids, tokens.get("attention_mask", torch.ones_like(ids)))
 '''
 EMBED = """
 sys.path.insert(0, directory)

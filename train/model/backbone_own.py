@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import ImageTowerConfig
 from train.model.backbone import Backbone, describe
+from train.model.backbone_timm import translated
 from train.model.pretrained import load_weights, read_state_dict
 
 
@@ -46,6 +47,14 @@ def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool
         load_weights(module, state, dict, given, path)
     says = {name: getattr(module, name) for name in ("blocks", "stages") if _is_names(getattr(module, name, None))}
     return describe(module, image_size, path, channels_last=getattr(module, "channels_last", False) is True, **says)
+
+
+def adapted(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the module's names; where its class is derived from one of timm's, by timm's own translation."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith("timm.models."):
+            return translated(base.__module__, module, state)
+    return state
 
 
 def _class(path: str) -> type[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,17 +86,26 @@ def _not_taken(field: str, value: float, name: str) -> str:
 
 def _load(timm: Any, module: nn.Module, name: str, weights: str) -> None:
     state = read_state_dict(weights) or timm_weights(timm, name, weights)
-    head = set(_with_classifier(timm, name).state_dict()) - set(module.state_dict())
-    # timm's own translation of older names, and of position embeddings of another image size.
-    source = vars(sys.modules[timm.models.model_entrypoint(name).__module__])
-    translate = source.get("checkpoint_filter_fn") or source.get("_filter_fn")
-
-    def by_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if translate is not None:
-            state = translate(dict(state), module)
-        return {key: value for key, value in state.items() if key not in head}
-
+    by_name = partial(adapted, name, module)
     load_weights(module, state, by_name, f"model.image.weights {weights}", f"timm/{name}")
+
+
+def adapted(name: str, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model of that name by the module's names, without a classifier.
+
+    By timm's own translation of older names and of open_clip's, and of position embeddings of another image size.
+    """
+    timm = _timm(name)
+    head = set(_with_classifier(timm, name).state_dict()) - set(module.state_dict())
+    state = translated(timm.models.model_entrypoint(name).__module__, module, state)
+    return {key: value for key, value in state.items() if key not in head}
+
+
+def translated(file: str, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a model of one of timm's files, such as timm.models.vision_transformer."""
+    source = vars(sys.modules[file])
+    translate = source.get("checkpoint_filter_fn") or source.get("_filter_fn")
+    return state if translate is None else translate(dict(state), module)
 
 
 def _with_classifier(timm: Any, name: str) -> nn.Module:

@@ -101,10 +101,15 @@ def _load(module: nn.Module, name: str, weights: str, head: str, image_size: int
     state = read_state_dict(weights) or torchvision_weights(name, weights)
 
     def by_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {key: value for key, value in state.items() if not key.startswith((f"{head}.", "AuxLogits.", "aux"))}
-        if name.startswith("vit_"):
-            # Position embeddings of another image size are interpolated (arXiv 2010.11929, section 3.2).
-            state = interpolate_embeddings(image_size, _patch_size(name), state)
-        return state
+        left = (f"{head}.", "AuxLogits.", "aux")
+        return adapted(name, image_size, {key: value for key, value in state.items() if not key.startswith(left)})
 
     load_weights(module, state, by_name, f"model.image.weights {weights}", name)
+
+
+def adapted(name: str, image_size: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model of that name, with position embeddings of this image size."""
+    if not name.startswith("vit_"):
+        return state
+    # Position embeddings of another image size are interpolated (arXiv 2010.11929, section 3.2).
+    return interpolate_embeddings(image_size, _patch_size(name), state)

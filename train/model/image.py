@@ -75,6 +75,18 @@ def build_backbone(config: ImageTowerConfig, image_size: int, pretrained: bool) 
     return BACKBONES["torchvision"](config.name, config, image_size, pretrained)
 
 
+def adapted(
+    config: ImageTowerConfig, image_size: int, module: nn.Module, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of the model that `name` means by the names of its backbone, with positions for images of this size."""
+    family, slash, name = config.name.rpartition("/")
+    if family == "timm":
+        return backbone_timm.adapted(name, module, state)
+    if "." in name and not slash:
+        return backbone_own.adapted(module, state)
+    return backbone_torchvision.adapted(name, image_size, state)
+
+
 def _locked(config: ImageTowerConfig, built: Backbone) -> list[str]:
     """Names of the stages that never learn; of the blocks, where these do not form several stages."""
     units, what = (built.stages, "stages") if len(built.stages) > 1 else (built.blocks, "blocks")

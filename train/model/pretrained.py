@@ -5,11 +5,13 @@ What cannot be loaded or fetched is reported within seconds, with a remedy.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torchvision
@@ -17,7 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from data_pipeline.tokenizer import ask_hub, first_line
+from data_pipeline.storage.download import download
+from data_pipeline.storage.hub import TEXTS, WEIGHTS, fetch
+from data_pipeline.tokenizer import first_line
 from train import distributed
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
@@ -29,6 +33,8 @@ TEXT_REMEDY = (
 
 def read_state_dict(weights: str) -> dict[str, Tensor] | None:
     """The tensors of a local .safetensors or .pth file by name; None where `weights` does not name a file.
+
+    Of a pair of open_clip's, or a checkpoint of Duet's, those of the image tower.
 
     Args:
         weights: `model.image.weights`.
@@ -47,8 +53,18 @@ def read_state_dict(weights: str) -> dict[str, Tensor] | None:
         raise ValueError(f"{given} cannot be read as a state dict: {error}") from error
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
+    state = _of_the_image_tower(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{given} is not a state dict: expected tensors by parameter name")
+    return state
+
+
+def _of_the_image_tower(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors below the prefix that an image tower has in a pair of open_clip's or Duet's, where there is one."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    for prefix in ("visual.trunk.", "image.backbone."):
+        if inside := {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}:
+            return inside
     return state
 
 
@@ -64,8 +80,9 @@ def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
         known = ", ".join(["scratch", *members])
         raise ValueError(f"{given}: {model} has {known}; or give a local .safetensors or .pth file")
     try:
+        _into_cache(members[weights].url)
         return members[weights].get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         remedy = "give a local .safetensors or .pth file, or scratch"
         raise ValueError(f"{given} cannot be fetched from {members[weights].url} ({error}): {remedy}") from error
 
@@ -89,7 +106,7 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
     page = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
     try:
         if not source.hf_hub_id:
-            return torch.hub.load_state_dict_from_url(source.url, map_location="cpu", progress=False, weights_only=True)
+            return torch.load(_into_cache(source.url), "cpu", weights_only=True)
         path = _hub_file(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
         return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
@@ -99,6 +116,15 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
         ) from error
 
 
+def _into_cache(url: str) -> Path:
+    """The file of torch's own cache of weights, fetched where it is missing; its name ends in digits of its hash."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not path.is_file():
+        digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        download(url, path, digits[1] if digits else "")
+    return path
+
+
 def _hub_file(repository: str, filename: str) -> str:
     """Path of a file in the hub's cache; only where it is missing is the hub asked."""
     from huggingface_hub import hf_hub_download
@@ -106,8 +132,7 @@ def _hub_file(repository: str, filename: str) -> str:
     try:
         return hf_hub_download(repository, filename, local_files_only=True)
     except Exception:  # not in the cache; the client's kinds of failure differ between its versions
-        ask_hub(repository)
-        return hf_hub_download(repository, filename)
+        return str(fetch(repository, [filename]) / filename)
 
 
 def load_weights(
@@ -182,7 +207,7 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def from_hub(load: Callable[..., Any], name: str) -> Any:
+def from_hub(load: Callable[..., Any], name: str, weights: bool = False) -> Any:
     """What `load` returns for a directory or for files in the local cache; the hub is asked only without either, once.
 
     Code that lies beside the files is never run: `load` is told not to trust it, so it cannot ask a terminal either.
@@ -190,6 +215,7 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
     Args:
         load: a `from_pretrained` of transformers.
         name: `model.text.name`.
+        weights: whether it needs them.
 
     Raises:
         ValueError: the directory does not hold what is loaded, or the hub does not have it or cannot be reached.
@@ -204,8 +230,8 @@ def from_hub(load: Callable[..., Any], name: str) -> Any:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"model.text.name {name}: no such directory; {TEXT_REMEDY}")
         try:
-            ask_hub(name)
-            return load(name, trust_remote_code=False)
+            fetch(name, TEXTS, WEIGHTS if weights else ())
+            return load(name, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
             problem = f"model.text.name {name} cannot be fetched from the Hugging Face hub ({first_line(error)})"
             raise ValueError(f"{problem}; {TEXT_REMEDY}") from error

@@ -57,7 +57,12 @@ def another_text(given: RunConfig, before: RunConfig, directory: Path) -> str:
     own = with_own_text(before, directory)
     now, then = given.model.text, before.model.text
     parts = (
-        ("model.text.name", now.name, then.name, lambda name: architecture(name, now.weights == "pretrained")),
+        (
+            "model.text.name",
+            now.name,
+            then.name,
+            lambda name: architecture(name, now.weights == "pretrained", now.positions),
+        ),
         (
             "model.text.tokenizer",
             tokenizer_name(given),

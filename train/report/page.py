@@ -49,6 +49,7 @@ SECTIONS = (
     ),
 )
 CHOSEN = (
+    ("Starts from", "init"),
     ("Image tower", "model.image.name"),
     ("Image weights", "model.image.weights"),
     ("Text tower", "model.text.name"),

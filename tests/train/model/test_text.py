@@ -104,7 +104,7 @@ def test_text_towers_that_cannot_be_built(tmp_path, bert):
 
     refused(tmp_path / "nowhere", "no such directory; give a directory with its config.json")
     refused(tmp_path, "cannot be loaded from this directory")
-    for config in (transformers.GPT2Config(), transformers.T5Config(), transformers.ViTConfig()):
+    for config in (transformers.GPT2Config(), transformers.BartConfig(), transformers.ViTConfig()):
         config.save_pretrained(tmp_path)
         refused(tmp_path, "use an encoder of the BERT family", weights="scratch")
     FAMILY["bert"].save_pretrained(tmp_path)

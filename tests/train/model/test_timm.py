@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from transformers import MT5Config
 
 from tests.support.activations import kept_for_backward
 from tests.support.distributed import run_distributed
@@ -156,9 +157,10 @@ def test_layer_decay_and_locking_know_every_layer(name, tmp_path):
     assert [n for n in names if f"image.backbone.{n}" not in learning] == expected
 
 
-def gradients(text_tower: str, name: str) -> dict[str, torch.Tensor]:
+def gradients(text_tower: str, name: str, pooling: str) -> dict[str, torch.Tensor]:
     """Of the mean over all micro-batches; a rank has its share of them."""
     config = run_config(text_tower, name)
+    config.model.text.pooling = pooling
     model = pair(config)
     wrapped = DistributedDataParallel(model) if world_size() > 1 else model
     share = 2 // world_size()
@@ -170,12 +172,18 @@ def gradients(text_tower: str, name: str) -> dict[str, torch.Tensor]:
     return {n: parameter.grad for n, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["timm/test_efficientnet", "tests.train.model.test_own.Tower"])
-def test_two_ranks_have_the_gradient_of_one(name, tmp_path):
-    """The second has a parameter that its features do not depend on: DDP would wait for it for ever."""
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("timm/test_efficientnet", "cls"), ("tests.train.model.test_own.Tower", "mean")]
+)
+def test_two_ranks_have_the_gradient_of_one(name, pooling, tmp_path):
+    """The second has a parameter that its features do not depend on: DDP would wait for it for ever. Its text tower is
+    the encoder of an mT5."""
     text_tower = write_text_tower(tmp_path)
-    expected = gradients(text_tower, name)
-    for actual in run_distributed(gradients, 2, text_tower, name):
+    if pooling == "mean":
+        sizes = {"vocab_size": 1000, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        MT5Config(**sizes).save_pretrained(text_tower)
+    expected = gradients(text_tower, name, pooling)
+    for actual in run_distributed(gradients, 2, text_tower, name, pooling):
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=1e-6, msg=key)

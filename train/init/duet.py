@@ -1,0 +1,60 @@
+"""`init: duet:RUN`: the newest model of a run, one of its checkpoints, or an export of one to open_clip or hf."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from train import checkpoint, cli
+from train.init import hf, open_clip
+from train.init.origin import Origin
+from train.model.names import TORCHVISION_IN_TIMM
+from train.model.text_files import TEXT, TOKENIZER, with_own_text
+
+
+def read(name: str) -> Origin:
+    """See the module; of a run with `optim.ema` the moving averages.
+
+    Raises:
+        ValueError: there is no such run, no whole checkpoint of it, or the export is of another kind.
+    """
+    directory = Path(name)
+    if (directory / open_clip.CONFIG).is_file():
+        return open_clip.read(name)
+    if (directory / "config.json").is_file():
+        if "model_type" not in json.loads((directory / "config.json").read_text()):
+            raise ValueError(f"init duet:{name}: programs have no tensors by name; give the run, or an export to hf")
+        return hf.read(name)
+    path = checkpoint.find(name)
+    if damage := checkpoint.verify(path):
+        raise ValueError(f"init duet:{name}: the checkpoint {path} is damaged ({damage})")
+    config, state = with_own_text(cli.load(path / "config.yaml"), path), checkpoint.load_state(path)
+    part = "ema" if config.optim.ema > 0 else "model"
+    tensors = checkpoint.load_part(path, part)
+    model, text = config.model, config.model.text
+    image, encoder, tokenizer = model.image.name, text.name, text.tokenizer or text.name
+    if (path / TEXT).is_dir():
+        encoder, tokenizer = str(path / TEXT), str(path / TOKENIZER)
+    fields = {
+        "model.image.name": (image, *([f"timm/{image}"] if image in TORCHVISION_IN_TIMM else [])),
+        "model.text.name": (encoder,),
+        "model.text.tokenizer": (tokenizer,),
+        "model.text.pooling": (text.pooling,),
+        "model.embed_dim": (model.embed_dim,),
+        "model.image.projection": (model.image.projection,),
+        "model.text.projection": (text.projection,),
+        "model.projection_bias": (model.projection_bias,),
+        "model.multiscale.fuse": (model.multiscale.enabled and model.multiscale.fuse,),
+    }
+    if model.image.norm == "group":
+        fields["model.image.norm"] = ("group",)
+    inputs = {
+        "data.image_size": config.data.image_size,
+        "data.max_tokens": config.data.max_tokens,
+        "data.eval_crop": config.data.eval_crop,
+        "data.normalize": [state.mean, state.std],
+    }
+    hashes = json.loads((path / checkpoint.HASHES).read_text())
+    for buffer in ("mean", "std"):
+        tensors.pop(buffer)
+    return Origin(tensors, hashes[f"{part}.safetensors"], [], fields, inputs)
