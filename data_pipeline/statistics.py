@@ -27,6 +27,7 @@ from data_pipeline.samples.image import (
     oriented_size,
 )
 from data_pipeline.samples.text import CAPTIONS, WHOLE, has_several_lines, split
+from data_pipeline.storage.manifest import Shard
 from data_pipeline.storage.shards import ShardReader
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -91,14 +92,16 @@ def shard_statistics(
     max_pixels: int = MAX_PIXELS,
     background: RGB = (255, 255, 255),
     caption_rule: str = WHOLE,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """What the samples of one local tar are like; JSON, for merge_statistics.
 
     Pixels are counted as decoded to RGB over `background`, images reduced to a shorter side of 256 pixels at most.
-    caption_rule: how a text of several lines is read, WHOLE or LINES.
+    caption_rule: how a text of several lines is read, WHOLE or LINES. shard: what a manifest says of it, which may
+    select some of its samples.
     Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, not counted.
     """
-    moments, reader = Moments(), ShardReader(path)
+    moments, reader = Moments(), ShardReader(path, shard)
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
     hashes: dict[str, list[str]] = {"image": [], "caption": []}
     classes: Counter[str] = Counter()

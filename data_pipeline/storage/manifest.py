@@ -1,7 +1,8 @@
 """Which shards a data set has: samples, bytes and sha256 of each, in one JSON file.
 
 The form is `wids-shard-index-v1`, the shard list of webdataset's indexed readers, with a sha256 per shard, totals, and
-the data statistics added.
+the data statistics added. A manifest of some samples of its shards is of another kind, since those readers would take
+the first ones.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_pipeline.storage.files import write_atomically
 from data_pipeline.storage.redaction import address
 from data_pipeline.storage.remote import expand, filesystem, is_remote
+from data_pipeline.storage.selection import Selection
 
 FILE_NAME = "manifest.json"
 KIND = "wids-shard-index-v1"
+SELECTED_KIND = "duet-selected-samples-v1"
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,26 @@ class Shard:
     url: str
     """Absolute local path, or remote url."""
     nsamples: int
-    """Samples in it."""
+    """Samples of it that the data set has: all in the tar, or those of the selection."""
     filesize: int
     """Bytes of the tar."""
     sha256: str
     """SHA-256 of the tar, 64 hexadecimal digits."""
+    selection: Selection | None = None
+    """Which samples of the tar; None for all."""
+
+    @property
+    def samples_in_tar(self) -> int:
+        """Samples in the tar, whether selected or not."""
+        return self.selection.of if self.selection else self.nsamples
+
+    def select(self, kept: np.ndarray) -> Shard:
+        """The shard with those of its samples alone for which a bool array [nsamples] is true."""
+        if self.selection is None and kept.all():
+            return self
+        in_tar = np.zeros(self.samples_in_tar, bool)
+        in_tar[self.selection.indices[kept] if self.selection else kept] = True
+        return replace(self, nsamples=int(kept.sum()), selection=Selection.where(in_tar))
 
 
 @dataclass(frozen=True)
@@ -57,10 +77,23 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Identity of the data: sha256 over (nsamples, filesize, sha256) of the shards in order, wherever they are; and
-        over how captions are read, where that is not as usual."""
-        content: list[Any] = [[shard.nsamples, shard.filesize, shard.sha256] for shard in self.shards]
+        over which samples are selected and how captions are read, where that is not as usual."""
+        content: list[Any] = [
+            [shard.nsamples, shard.filesize, shard.sha256, *([shard.selection.to_json()] if shard.selection else [])]
+            for shard in self.shards
+        ]
         content += [self.captions] if self.captions != "whole" else []
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    def select(self, kept: np.ndarray) -> tuple[Shard, ...]:
+        """The shards with those samples alone for which a bool array [nsamples] is true; without those that have none.
+
+        No tar is rewritten: give the result to `write_manifest`.
+        """
+        assert kept.dtype == bool and len(kept) == self.nsamples, f"{kept.dtype} [{len(kept)}] of {self.nsamples}"
+        bounds = np.cumsum([shard.nsamples for shard in self.shards])[:-1]
+        selected = [shard.select(own) for shard, own in zip(self.shards, np.split(kept, bounds), strict=True)]
+        return tuple(shard for shard in selected if shard.nsamples)
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -113,7 +146,7 @@ def write_manifest(
     local = Path(url).absolute()
     local = local / FILE_NAME if local.is_dir() else local
     content = {
-        "__kind__": KIND,
+        "__kind__": SELECTED_KIND if any(shard.selection for shard in shards) else KIND,
         "wids_version": 1,
         "nsamples": sum(shard.nsamples for shard in shards),
         "filesize": sum(shard.filesize for shard in shards),
@@ -124,6 +157,7 @@ def write_manifest(
                 "nsamples": shard.nsamples,
                 "filesize": shard.filesize,
                 "sha256": shard.sha256,
+                **({"selection": shard.selection.to_json()} if shard.selection else {}),
             }
             for shard in shards
         ],
@@ -175,7 +209,7 @@ def _remedy(url: str) -> str:
 
 def _parse(content: Any, url: str) -> Manifest:
     """A manifest from its JSON; every fault is a ValueError that names the file, the entry and the field."""
-    if not isinstance(content, dict) or content.get("__kind__") != KIND:
+    if not isinstance(content, dict) or content.get("__kind__") not in (KIND, SELECTED_KIND):
         raise ValueError(f"{url} is not a manifest (its __kind__ is not {KIND}); {_remedy(url)}")
     entries = content.get("shardlist")
     statistics = content.get("statistics", {})
@@ -206,4 +240,15 @@ def _parse_shard(entry: Any, where: str, manifest: str) -> Shard:
         if not is_valid(entry.get(field)):
             raise ValueError(f"{where}.{field} is {entry.get(field)!r}; {_remedy(manifest)}")
     url = _resolve(entry["url"], manifest)
-    return Shard(url, entry["nsamples"], entry["filesize"], entry["sha256"])
+    shard = Shard(url, entry["nsamples"], entry["filesize"], entry["sha256"])
+    return replace(shard, selection=_parse_selection(entry, where)) if "selection" in entry else shard
+
+
+def _parse_selection(entry: dict[str, Any], where: str) -> Selection:
+    try:
+        selection = Selection.from_json(entry["selection"])
+        if len(selection.indices) != entry["nsamples"]:
+            raise ValueError(f"it selects {len(selection.indices)} samples, nsamples is {entry['nsamples']}")
+    except ValueError as error:
+        raise ValueError(f"{where}.selection: {error}; make it again with: python -m train.curate") from error
+    return selection

@@ -18,7 +18,8 @@ from data_pipeline.storage.tar_index import read_index, split_name
 class ShardReader:
     """Samples of one local tar by number.
 
-    path: the tar. shard: what its manifest says of it; a different size or number of samples is a ValueError.
+    path: the tar. shard: what its manifest says of it; a different size or number of samples is a ValueError. Where it
+    selects samples, only these count.
     """
 
     def __init__(self, path: str | os.PathLike[str], shard: Shard | None = None):
@@ -27,15 +28,16 @@ class ShardReader:
             self._check("bytes", _filesize(path), shard.filesize)
         self._entries = read_index(path)
         if shard:
-            self._check("samples", len(self._entries), shard.nsamples)
+            self._check("samples", len(self._entries), shard.samples_in_tar)
+        self._selected = shard.selection.indices if shard and shard.selection else range(len(self._entries))
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._selected)
 
     def raw(self, index: int) -> dict[str, Any]:
         """Sample `index`: "__key__" and "__shard__" (str), and the bytes of each member under its extension."""
-        key, members = self._entries[index]
+        key, members = self._entries[int(self._selected[index])]
         sample: dict[str, Any] = {"__key__": key, "__shard__": self.url}
         for extension, (offset, size) in members.items():
             # pread leaves no file position behind, so forked processes may share the reader.
