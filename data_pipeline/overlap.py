@@ -7,9 +7,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.samples.image import IMAGE_EXTENSIONS
-from data_pipeline.storage.manifest import Manifest, is_remote
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.tar_index import Entry, read_index
-from train.evaluation.task import Task
 
 MOST_SAMPLES = 2_000_000
 """Larger training sets are not looked at."""
@@ -23,8 +23,10 @@ def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
     Images of the same size in bytes are compared by a hash, those with the same key first. Remote shards are not
     fetched for it: only those that are a file of both sets are seen.
     """
-    same = {shard.sha256 for manifest in train for shard in manifest.shards}
-    found = sum(shard.nsamples for shard in held_out.shards if shard.sha256 in same)
+    # Two selections of one shard may have no sample in common.
+    whole = {shard.sha256 for shard in held_out.shards if shard.selection is None}
+    same = whole & {shard.sha256 for manifest in train for shard in manifest.shards if shard.selection is None}
+    found = sum(shard.nsamples for shard in held_out.shards if shard.sha256 in same and shard.selection is None)
     if sum(manifest.nsamples for manifest in train) > MOST_SAMPLES:
         return found
     by_size: dict[int, list[tuple[Path, Entry]]] = {}
@@ -41,15 +43,14 @@ def overlap(train: Sequence[Manifest], held_out: Manifest) -> int:
     return found + sum(_hash(path, entry) in hashes for path, entry in same_size[:MOST_READ])
 
 
-def warnings(train: Sequence[Manifest], tasks: Mapping[str, Task]) -> list[str]:
-    """One line for every evaluation whose data are in part among the training data."""
-    sets = {task.manifest.path: task.manifest for task in tasks.values()}
-    counts = {path: overlap(train, held_out) for path, held_out in sets.items()}
+def warnings(train: Sequence[Manifest], held_out: Mapping[str, Manifest]) -> list[str]:
+    """One line for every held-out set, by name, that is in part among the training data."""
+    counts = {path: overlap(train, one) for path, one in {one.path: one for one in held_out.values()}.items()}
     return [
-        f"warning: {counts[task.manifest.path]} of the {task.manifest.nsamples} images of {name} are training images, "
-        "too: its numbers will look better than they are"
-        for name, task in tasks.items()
-        if counts[task.manifest.path]
+        f"warning: {counts[one.path]} of the {one.nsamples} images of {name} are training images, too: its numbers "
+        "will look better than they are"
+        for name, one in held_out.items()
+        if counts[one.path]
     ]
 
 
@@ -57,7 +58,9 @@ def _images(manifest: Manifest, leave_out: Container[str] = ()) -> Iterator[tupl
     """Samples with an image of the local shards."""
     for shard in manifest.shards:
         if shard.sha256 not in leave_out and not is_remote(shard.url):
-            for entry in read_index(shard.url):
+            entries = read_index(shard.url)
+            for number in shard.selection.indices.tolist() if shard.selection else range(len(entries)):
+                entry = entries[number]
                 if any(extension in entry.members for extension in IMAGE_EXTENSIONS):
                     yield Path(shard.url), entry
 

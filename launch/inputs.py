@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from data_pipeline.overlap import warnings
 from data_pipeline.samples.image import BadSample
 from data_pipeline.samples.text import split
 from data_pipeline.samples.transforms import train_transform
@@ -27,7 +28,6 @@ from launch.memory import GB
 from train import cli, distributed
 from train.checks import check, check_data
 from train.config import RunConfig
-from train.evaluation.overlap import warnings
 from train.evaluation.suite import Suite
 from train.model.image import ImageTower
 from train.model.text import TextTower
@@ -96,14 +96,14 @@ def data(config: RunConfig) -> list[Finding]:
 
 def held_out(config: RunConfig) -> list[Finding]:
     """The shards for evaluation, which a run reads for the first time when it has trained for long."""
-    tasks = Suite(config).tasks
-    if not tasks:
+    named = Suite(config).manifests()
+    if not named:
         return [ok("held-out data", "none: nothing is evaluated")]
-    manifests = {task.manifest.path: task.manifest for task in tasks.values()}
+    manifests = {manifest.path: manifest for manifest in named.values()}
     _read_ends(list(manifests.values()), config, 0.0)
     sets = [f"{one.nsamples} samples in {len(one.shards)} shards" for one in manifests.values()]
-    text = f"{', '.join(sets)}, for {', '.join(tasks)}"
-    if config.data.mode == "indexed" and config.data.train and (shared := warnings(_training_sets(config), tasks)):
+    text = f"{', '.join(sets)}, for {', '.join(named)}"
+    if config.data.mode == "indexed" and config.data.train and (shared := warnings(_training_sets(config), named)):
         return [warn("held-out data", f"{text}; {shared[0]}", "index the training data without them")]
     return [ok("held-out data", text)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline import overlap
 from data_pipeline.loader import MicroBatch
 from data_pipeline.seeds import model_seed
 from data_pipeline.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from train.engine.build import engine_of_run
 from train.engine.ema import WeightAverage
 from train.engine.optim import set_lrs
 from train.engine.start import start
-from train.evaluation import find_task, overlap
+from train.evaluation import find_task
 from train.evaluation.best import Best
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
@@ -243,7 +244,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         tracker.message(line)
     if found is None and distributed.is_main():
         try:
-            lines = overlap.warnings(feed.manifests, suite.tasks)
+            lines = overlap.warnings(feed.manifests, suite.manifests())
         except (OSError, ValueError) as error:  # no reason for this rank to leave the others
             lines = [f"warning: held-out images were not looked for among the training images: {error}"]
         for line in lines:

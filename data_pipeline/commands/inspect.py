@@ -108,7 +108,11 @@ def describe(manifest: Manifest) -> str:
         f"shards     {len(shards):,}: {min(samples):,} to {max(samples):,} samples, "
         f"{min(megabytes):,.1f} to {max(megabytes):,.1f} MB, {sum(megabytes):,.1f} MB together",
     ]
-    if not known:
+    if any(shard.selection for shard in shards):
+        rule = f": {known['selected']}" if "selected" in known else ""
+        in_tars = sum(shard.samples_in_tar for shard in shards)
+        lines.append(f"selected   {manifest.nsamples:,} of the {in_tars:,} samples in these shards{rule}")
+    if "samples" not in known:
         return "\n".join([*lines, "no statistics; get them with: python -m data_pipeline index SHARDS"])
     bad, classes, repeats = known["bad"], known["classes"], known["duplicates"]
     lines.append(f"bad        {bad['count']:,}")

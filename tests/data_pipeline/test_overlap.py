@@ -1,11 +1,13 @@
 """Held-out images that are training images, too."""
 
+from dataclasses import replace
+
+import numpy as np
+
+from data_pipeline import overlap as module
+from data_pipeline.overlap import overlap, warnings
 from data_pipeline.storage.manifest import load_manifest
 from tests.support.small import picture, write_data
-from train.config import EvalTask
-from train.evaluation import build_task
-from train.evaluation import overlap as module
-from train.evaluation.overlap import overlap, warnings
 
 
 def shifted(number: int) -> bytes:
@@ -34,10 +36,15 @@ def test_no_more_images_are_read_than_a_start_has_time_for(tmp_path, monkeypatch
 
 def test_an_overlap_is_a_line_for_each_evaluation(tmp_path):
     train = [load_manifest(write_data(tmp_path / "a", (6, 4)))]
-    write_data(tmp_path / "val", (5,), draw=shifted)
-    tasks = {name: build_task(EvalTask(data=str(tmp_path / "val"))) for name in ("val", "again")}
-    lines = warnings(train, tasks)
+    held_out = load_manifest(write_data(tmp_path / "val", (5,), draw=shifted))
+    lines = warnings(train, {"val": held_out, "again": held_out})
     assert [line.partition(" are training")[0] for line in lines] == [
-        f"warning: 3 of the 5 images of {name}" for name in tasks
+        f"warning: 3 of the 5 images of {name}" for name in ("val", "again")
     ]
-    assert warnings([], tasks) == []
+    assert warnings([], {"val": held_out}) == []
+
+
+def test_two_selections_of_one_shard_share_what_both_select(tmp_path):
+    whole = load_manifest(write_data(tmp_path / "a", (6,)))
+    first, second = (replace(whole, shards=whole.select(np.isin(range(6), own))) for own in ([0, 1, 2], [2, 3, 4, 5]))
+    assert overlap([first], second) == 1 and overlap([whole], second) == 4 and overlap([whole], whole) == 6

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from data_pipeline.storage.manifest import Manifest
 from train.config import EvalTask, RunConfig
 from train.evaluation import build_task, check_options
 from train.evaluation.encode import Encoder
@@ -61,6 +62,10 @@ class Suite:
                     raise
                 raise ValueError(f"eval.tasks, {name}: {error}") from error
             self._every[name] = given.every or config.eval.every
+
+    def manifests(self) -> dict[str, Manifest]:
+        """The data of each evaluation, by its name."""
+        return {name: task.manifest for name, task in self.tasks.items()}
 
     def due(self, step: int) -> list[str]:
         """Names of the evaluations that are to be made after this step, which is not the last one."""
