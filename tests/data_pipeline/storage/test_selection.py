@@ -96,8 +96,8 @@ def test_it_is_verified_and_inspected_like_any_other(tiny_shards, capsys):
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ({"of": 9}, "not a number of samples and a mask"),
-        ({"of": 9, "mask": "!"}, "not a number of samples and a mask"),
+        ({"of": 9}, "it is not a number of samples and a mask"),
+        ({"of": 9, "mask": "!"}, "it is not a number of samples and a mask"),
         ({"of": 9, "mask": "/w=="}, "its mask of 1 bytes is not one of 9 samples"),
         ({"of": 9, "mask": "//8="}, "its mask of 2 bytes is not one of 9 samples"),
         ({"of": 9, "mask": "/4A="}, "it selects 9 samples, nsamples is 7"),

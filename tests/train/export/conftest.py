@@ -1,52 +1,12 @@
-"""A run to export: its checkpoints are written by hand, as training writes them, with weights that mean something."""
+"""A run to export."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_pipeline.tokenizer import Tokenizer
+from tests.support.checkpoints import write_run
 from tests.support.small import small_config
-from train import checkpoint, cli
-from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
-from train.model.pair import PairModel, build_model
-from train.model.text_files import text_files, tokenizer_name
-
-MEAN, STD = [0.5, 0.45, 0.4], [0.25, 0.2, 0.3]
-
-
-def write_run(config: RunConfig, steps: int = 2) -> Path:
-    """A run directory with a checkpoint after each step; returns it."""
-    directory = Path(config.runs_dir) / config.name
-    model = build_model(config, MEAN, STD).train()
-    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
-    for step in range(1, steps + 1):
-        stir(model, step)
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        average = {name: tensor.clone() for name, tensor in weights.items()} if config.optim.ema else {}
-        if average:
-            average["log_scale"] += 0.5
-        state = TrainState(step=step, mean=MEAN, std=STD, data_hash="1234", precision="no", code="abcd")
-        checkpoint.save(directory, Tensors(weights, {}, average), state, config, text_files(model, tokenizer))
-    (directory / "config.yaml").write_text(cli.to_yaml(config))
-    return directory
-
-
-@torch.no_grad()
-def stir(model: PairModel, seed: int) -> None:
-    """Weights and statistics that spread the embeddings of different inputs, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point() or name in ("log_scale", "logit_bias", "mean", "std"):
-            continue
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("running_var"):
-            tensor.copy_(1 + noise.abs())
-        elif tensor.dim() > 1:
-            tensor.add_(0.5 * tensor.std() * noise)
-        else:
-            tensor.add_(0.1 * noise)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from tests.train.export.conftest import write_run
+from tests.support.checkpoints import write_run
 from train.config import RunConfig
 from train.export.__main__ import main
 from train.export.source import load_source

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.train.export.conftest import write_run
+from tests.support.checkpoints import write_run
 from train.config import RunConfig
 from train.export.__main__ import main
 
