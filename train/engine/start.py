@@ -79,6 +79,12 @@ def start() -> Accelerator:
     return accelerator
 
 
+def own_device() -> torch.device:
+    """Where a command of one process computes: the accelerator that there is, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def stop() -> None:
     """Leave the process group; all ranks call it when they have nothing more to say to each other."""
     if dist.is_initialized():

@@ -13,6 +13,10 @@ from pathlib import Path
 from train import cli
 from train.export import TARGETS
 
+SOUP = (
+    "average the weights of these checkpoints; with greedy, or greedy:STEP,STEP, only of those, from the best one on, "
+    "that do not lower recall on the run's data.val"
+)
 OPTIONS = ("run", "step", "soup", "to", "python")
 
 
@@ -23,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--to", required=True, help=f"{', '.join(TARGETS)}")
     parser.add_argument("--step", default="", help="best, or a number of steps; default: the newest checkpoint")
-    parser.add_argument("--soup", default="", metavar="STEP,STEP", help="average the weights of these checkpoints")
+    parser.add_argument("--soup", default="", metavar="STEP,STEP", help=SOUP)
     parser.add_argument("--python", default="", help="open_clip: an interpreter that has it; default: this one")
     parser.add_argument("out", metavar="OUT", help="directory that is not there yet")
     return parser
@@ -33,12 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, or an export that differs from the model."""
     options = make_parser().parse_args(argv)
     try:
-        from train.export.source import load_source  # after parsing: --help answers without loading torch
+        from train.export.soup import in_words  # after parsing: --help answers without loading torch
+        from train.export.source import load_source
         from train.export.target import export, find_target
 
-        soup = options.soup.split(",") if options.soup else []
+        greedily = options.soup.partition(":")[0] == "greedy"
+        listed = options.soup.removeprefix("greedy").removeprefix(":") if greedily else options.soup
+        soup = listed.split(",") if listed else []
         target = find_target(options.to, options.python)
-        lines = export(load_source(options.run, options.step, soup), target, Path(options.out))
+        source = load_source(options.run, options.step, soup, greedily=greedily)
+        lines = in_words(source.tried) + export(source, target, Path(options.out))
     except ValueError as error:
         print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
         return 2

@@ -71,7 +71,12 @@ def model_card(source: Source) -> str:
 def _weights(source: Source) -> str:
     kind = "the moving average of the weights" if source.averaged else "the weights"
     steps = ", ".join(str(step) for step in source.steps)
-    return f"the mean of {kind} after steps {steps}" if len(source.steps) > 1 else f"{kind} after step {steps}"
+    found = f"the mean of {kind} after steps {steps}" if len(source.steps) > 1 else f"{kind} after step {steps}"
+    if source.tried:
+        tried = ", ".join(str(one.step) for one in source.tried)
+        best = max(one.score for one in source.tried if one.kept)
+        found += f" (a greedy soup of steps {tried}, by mean recall on `{source.config.data.val}`: {best:.2f} %)"
+    return found
 
 
 def _table(metrics: dict[str, float], data: str) -> str:

@@ -54,6 +54,7 @@ def description(source: Source) -> dict:
         "logit_bias": None if bias is None else bias.item(),
         "image_tower": source.config.model.image.name,
         "text_tower": source.config.model.text.name,
+        "identity": source.identity,
         "steps": source.steps,
         "averaged": source.averaged,
         "data": source.state.data_hash,
