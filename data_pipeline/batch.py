@@ -81,3 +81,5 @@ class EvalBatch(_Batch):
     """One per image: "shard name/sample key"."""
     bad: list[dict] = field(default_factory=list)
     """Records of samples that could not be read and so are not among the images: shard, key, cause."""
+    samples: list[int] = field(default_factory=list)
+    """One per image: the number of its sample in the data set."""

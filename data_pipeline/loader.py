@@ -16,12 +16,12 @@ import webdataset
 
 from data_pipeline.batch import EvalBatch, MicroBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.order import Mixture, Order, sequential
+from data_pipeline.order import Mixture, Order, Position, sequential
 from data_pipeline.seeds import stream_seed
 from data_pipeline.stages.collate import Collate
 from data_pipeline.stages.decode import Decode, DecodeOrReplace, Extras, UserStage
 from data_pipeline.stages.evaluation import EvalSource
-from data_pipeline.stages.readers import IndexedSource, Readers
+from data_pipeline.stages.readers import IndexedSource, RawReader, Readers
 from data_pipeline.stages.slots import share_of
 from data_pipeline.stages.stream import StreamDecode, StreamSource
 from data_pipeline.stages.workers import WorkerLoader
@@ -29,7 +29,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
 
-__all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "stream_loader", "train_loader"]
+__all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "sample_loader", "stream_loader", "train_loader"]
 
 NO_EXTRAS = Extras()
 
@@ -134,9 +134,25 @@ def eval_loader(
     Rank r of W gets samples [r N / W, (r + 1) N / W), in batches of `batch`, the last one smaller. A bad sample is left
     out and recorded in `bad`. With `keep` its processes stay for the next iteration.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}: at least 1")
     positions = sequential([shard.nsamples for shard in manifest.shards])
     own = positions[rank * len(positions) // world : (rank + 1) * len(positions) // world]
-    source = EvalSource(Readers([manifest], config), own, config, tokenizer, batch)
+    return sample_loader(config, Readers([manifest], config), own, tokenizer, batch=batch, keep=keep)
+
+
+def sample_loader(
+    config: DataConfig,
+    readers: RawReader,
+    positions: Sequence[Position],
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    keep: bool = False,
+) -> Iterable[EvalBatch]:
+    """These samples, in this order, as eval_loader gives them; every `batch` of them are one item, even if all are bad.
+
+    readers: opens them: `Readers`, or what has the same `raw`.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: at least 1")
+    source = EvalSource(readers, positions, config, tokenizer, batch)
     return WorkerLoader(webdataset.DataPipeline(source), workers=config.workers, prefetch=config.prefetch, keep=keep)

@@ -13,7 +13,7 @@ from data_pipeline.samples.image import BadSample
 from data_pipeline.samples.text import split
 from data_pipeline.samples.transforms import eval_transform
 from data_pipeline.stages.collate import stacked
-from data_pipeline.stages.readers import Readers
+from data_pipeline.stages.readers import RawReader
 from data_pipeline.stages.slots import sample_name, shard_name
 from data_pipeline.stages.workers import of_this_worker
 from data_pipeline.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ class EvalSource:
     """First and only stage of evaluation: batches of decoded samples at `positions`, bad ones left out and recorded."""
 
     def __init__(
-        self, readers: Readers, positions: Sequence[Position], config: DataConfig, tokenizer: Tokenizer, batch: int
+        self, readers: RawReader, positions: Sequence[Position], config: DataConfig, tokenizer: Tokenizer, batch: int
     ):
         self.readers, self.tokenizer, self.transform = readers, tokenizer, eval_transform(config)
         self.batches = [positions[start : start + batch] for start in range(0, len(positions), batch)]
@@ -38,7 +38,7 @@ class EvalSource:
         captions: list[str] = []
         caption_row: list[int] = []
         classes: list[str | None] = []
-        keys, bad = [], []
+        keys, bad, numbers = [], [], []
         for place in positions:
             raw = self.readers.raw(place.source, place.shard, place.index)
             try:
@@ -52,6 +52,7 @@ class EvalSource:
             images.append(image)
             classes.append(label)
             keys.append(sample_name(raw))
+            numbers.append(place.position)
         ids_ML, mask_ML = self.tokenizer(captions)
         images_BCHW = stacked(images) if images else self.empty_BCHW
-        return EvalBatch(images_BCHW, ids_ML, mask_ML, caption_row, captions, classes, keys, bad)
+        return EvalBatch(images_BCHW, ids_ML, mask_ML, caption_row, captions, classes, keys, bad, numbers)

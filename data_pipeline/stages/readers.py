@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import Mixture, Order
@@ -19,6 +19,12 @@ from data_pipeline.storage.shards import ShardReader
 
 OPENINGS = 10
 """Times that a remote shard is fetched while other processes push it out of the cache before it is open."""
+
+
+class RawReader(Protocol):
+    """Gives raw samples by position."""
+
+    def raw(self, source: int, shard: int, index: int) -> dict[str, Any]: ...
 
 
 class Readers:
