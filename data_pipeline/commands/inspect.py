@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.commands.parallel import positive
 from data_pipeline.config import DataConfig
+from data_pipeline.overlap import overlap
 from data_pipeline.samples.image import BadSample, decode_image
 from data_pipeline.samples.text import CAPTIONS, LINES, WHOLE, check_captions, pick_caption, split
 from data_pipeline.storage.cache import open_store
@@ -36,6 +37,7 @@ DISTRIBUTIONS = {
     "caption_words": "caption words",
     "caption_characters": "caption characters",
 }
+LEAKS_SHOWN = 10
 SHARES = ("min", "p5", "median", "p95", "max", "mean")
 
 READ = {WHOLE: "one caption", LINES: "a caption for each line"}
@@ -50,6 +52,11 @@ examples:
   python -m data_pipeline inspect data/train
   python -m data_pipeline inspect data/train --out sheet.png
   python -m data_pipeline inspect data/train --out sheet.png --augmented --config train/configs/seed.yaml
+  python -m data_pipeline inspect data/train --held-out data/val
+  python -m data_pipeline inspect data/train --held-out data/val --index train-index val-index
+
+--held-out compares image files byte for byte; the indexes of embeddings that `python -m train.embed` makes of both
+find the same picture in another size or format.
 """
 
 
@@ -62,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--augmented", action="store_true", help="draw what the model sees in training, several times")
     parser.add_argument("--config", type=Path, metavar="YAML", help="run configuration whose data section applies")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
+    parser.add_argument(
+        "--held-out", metavar="DATA", help="manifest of held-out data: count its images that are here, too"
+    )
+    parser.add_argument(
+        "--index", nargs=2, metavar=("INDEX", "HELD_OUT_INDEX"), help="find resized and re-encoded ones, too: see below"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     manifest = load_manifest(args.manifest)
     print(describe(manifest))
+    if args.held_out or args.index:
+        print(leak_report(manifest, args.held_out, args.index))
     if args.out:
         count = args.count or (8 if args.augmented else 24)
         sheet = draw(manifest, config, count=count, augmented=args.augmented, seed=args.seed)
@@ -78,6 +93,33 @@ def run(args: argparse.Namespace) -> int:
         sheet.save(args.out, "PNG")
         print(f"sheet: {args.out}")
     return 0
+
+
+def leak_report(manifest: Manifest, held_out: str | None, indexes: Sequence[str] | None) -> str:
+    """How many held-out images are in the data, by their bytes or by two indexes of embeddings.
+
+    Raises:
+        ValueError: there is no held-out manifest, or an index is of other data.
+    """
+    if held_out is None:
+        raise ValueError("--index needs --held-out: the manifest of the held-out data")
+    other = load_manifest(held_out)
+    if indexes is None:
+        return f"\nleaks      {overlap([manifest], other):,} of the {other.nsamples:,} held-out images, byte for byte"
+    from data_pipeline.embeddings.duplicates import copies
+    from data_pipeline.embeddings.index import open_index
+
+    opened = [open_index(path) for path in indexes]
+    for index, of in zip(opened, (manifest, other), strict=True):
+        if index.about["input"]["identity"] != of.hash:
+            raise ValueError(f"--index {index.directory} is not of {of.path}: embed that, or give its index")
+    found = copies(opened[1], opened[0])
+    lines = [
+        f"\nleaks      {len(found):,} of the {other.nsamples:,} held-out images, the same picture in any size or format"
+    ]
+    lines += [f"           {one.key} is {one.of_key}" for one in found[:LEAKS_SHOWN]]
+    more = len(found) - LEAKS_SHOWN
+    return "\n".join([*lines, *([f"           and {more:,} more"] if more > 0 else [])])
 
 
 def load_config(path: Path | None) -> DataConfig:
