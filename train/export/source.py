@@ -65,7 +65,7 @@ class Source:
 
 def preparation(data: DataConfig) -> list:
     """What makes a model's inputs of image files and captions, beside the tokenizer."""
-    return [data.image_size, data.eval_crop, list(data.background), data.max_tokens]
+    return [data.evaluated_size, data.eval_crop, list(data.background), data.max_tokens]
 
 
 def load_source(run: str | Path, step: str = "", soup: Sequence[str] = (), *, greedily: bool = False) -> Source:
