@@ -90,13 +90,13 @@ def load_source(run: str | Path, step: str = "", soup: Sequence[str] = (), *, gr
     if greedily and not soup:
         soup = [str(one) for one in checkpoint.steps(run)] or [""]
     wanted = list(soup) if soup else [step]
-    paths = {checkpoint.load_state(path).step: path for path in [checkpoint.find(run, each) for each in wanted]}
-    *others, last = paths.values()  # loading verifies the last one
-    for path in others:
+    *others, last = [checkpoint.find(run, each) for each in wanted]
+    for path in others:  # loading verifies the last one
         if damage := checkpoint.verify(path):
             raise ValueError(f"soup: {path} is damaged ({damage})")
     model, config = checkpoint.load_model(last)
     state, given = checkpoint.load_state(last), cli.load(last / "config.yaml")
+    paths = {checkpoint.load_state(path).step: path for path in (*others, last)}
     tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
 
     def load(step: int) -> Weights:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.export.conftest import write_run
+from tests.support.checkpoints import write_run
 from train.config import RunConfig
 from train.export.__main__ import main
 from train.export.source import load_source

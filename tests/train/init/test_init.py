@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
+from tests.support.checkpoints import MEAN, STD, write_run
 from tests.support.small import write_data
-from tests.train.export.conftest import MEAN, STD, write_run
 from train import cli, loop
 from train.checkpoint import load_state, newest
 from train.config import RunConfig
