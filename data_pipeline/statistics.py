@@ -37,6 +37,8 @@ MEASURE_SIZE = 256
 _READ = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
 EXAMPLES = 20
 """Bad samples that merged statistics name; all of them are counted."""
+LISTED_CLASSES = 10_000
+"""Classes that merged statistics name at most."""
 
 
 class Moments:
@@ -165,7 +167,8 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     mean and std (RGB, 0..1), moments (what they are computed
     from, so that several manifests can be merged), the distribution (min, p5, median, p95, max, mean) of width and
     height in pixels, image_bytes, captions_per_image, caption_characters and caption_words, duplicates of images (equal
-    bytes) and of captions (how many are repeats of an earlier one), and classes {count, samples}.
+    bytes) and of captions (how many are repeats of an earlier one), and classes {count, samples, names}: the names, as
+    `cls` members have them, are sorted, and left out where they are more than LISTED_CLASSES.
     """
     samples, moments, bad = 0, Moments(), []
     counted, unread = Counter({"uncaptioned": 0, "several_lines": 0}), Counter[str]()
@@ -198,7 +201,11 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "moments": moments.to_json(),
         **{name: _distribution(counts) for name, counts in histograms.items()},
         "duplicates": {name: _repeats(digests) for name, digests in hashes.items()},
-        "classes": {"count": len(classes), "samples": sum(classes.values())},
+        "classes": {
+            "count": len(classes),
+            "samples": sum(classes.values()),
+            **({"names": sorted(classes)} if len(classes) <= LISTED_CLASSES else {}),
+        },
     }
 
 

@@ -24,6 +24,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def span(total: int) -> tuple[int, int]:
+    """Start and stop of this process's contiguous share of `total` rows."""
+    return total * rank() // world_size(), total * (rank() + 1) // world_size()
+
+
 def is_main() -> bool:
     """Whether this is rank 0."""
     return rank() == 0

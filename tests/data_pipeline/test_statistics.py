@@ -99,7 +99,7 @@ def test_statistics_of_shards_equal_plain_ones(shards: list[str]) -> None:
     assert got["caption_words"] == {"min": 2, "p5": 2, "median": 2, "p95": 2, "max": 2, "mean": 2.0}
     assert got["caption_characters"]["max"] == len("every one")
     assert got["duplicates"] == {"image": 2, "caption": 12}
-    assert got["classes"] == {"count": 2, "samples": 12}
+    assert got["classes"] == {"count": 2, "samples": 12, "names": ["0", "1"]}
     assert got["samples"] == 15 and got["bad"]["count"] == 1 and got["uncaptioned"] == 1
     assert [record["key"] for record in got["bad"]["examples"]] == ["broken"]
     assert all(record["shard"] == "s-000001.tar" and record["cause"] for record in got["bad"]["examples"])

@@ -9,7 +9,7 @@ import ast
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.manifest import Manifest
 from train.distributed import is_main
 from train.evaluation.encode import Features
 from train.evaluation.retrieval import TIE
@@ -35,13 +36,11 @@ class Labelled(NamedTuple):
     """`n_unlabelled`, images that have no class, and `n_bad`, samples that could not be read."""
 
 
-def labelled(features: Features) -> Labelled:
-    """The images whose sample has a class. Raises ValueError where none has."""
+def labelled(features: Features, data: str) -> Labelled:
+    """The images of `data` whose sample has a class. Raises ValueError where none has."""
     pairs = [(row, content) for row, content in enumerate(features.classes) if content is not None]
     if not pairs:
-        raise ValueError(
-            f"none of the {len(features.keys)} samples has a class: give them a `cls` member (a number or a name)"
-        )
+        raise ValueError(no_class(data, len(features.keys)))
     rows, classes = map(list, zip(*pairs, strict=True))
     chosen = torch.tensor(rows, device=features.image_ND.device)
     keys = [features.keys[row] for row in rows]
@@ -49,20 +48,54 @@ def labelled(features: Features) -> Labelled:
     return Labelled(features.image_ND[chosen], keys, classes, counts)
 
 
-def class_indices(keys: Sequence[str], classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def known_classes(manifest: Manifest) -> list[str] | None:
+    """The classes of a data set as its manifest lists them; None where an older one does not, or they are too many.
+
+    Raises:
+        ValueError: by the manifest, no sample has a class.
+    """
+    statistics = manifest.statistics.get("classes", {})
+    if statistics.get("samples") == 0:
+        raise ValueError(no_class(manifest.path, manifest.nsamples))
+    return statistics.get("names")
+
+
+def no_class(data: str, samples: int) -> str:
+    """What to say of data that have no classes."""
+    return (
+        f"{data}: none of the {samples} samples has a class: give each a `cls` member (a number or a name), such as by "
+        "`python -m data_pipeline pack --class-column`"
+    )
+
+
+def check_fit(what: str, fitted: Collection[str], tested: Collection[str]) -> None:
+    """Raises ValueError where data with the classes `fitted` cannot tell those that are `tested` apart."""
+    if len(set(fitted)) < 2:
+        raise ValueError(f"{what} needs at least two classes, the data that it learns from have {len(set(fitted))}")
+    if unknown := sorted(set(tested) - set(fitted)):
+        raise ValueError(
+            f"{len(unknown)} classes are tested that are not in the data that {what} learns from, such as "
+            f"{unknown[0]!r}: give `fit` data that hold them"
+        )
+
+
+def class_indices(classes: Sequence[str], names: Sequence[str], data: str) -> np.ndarray:
     """For each image the row of its class in `names`: its class is that row, counted from 0, or the name itself.
 
     Of two equal names the first is meant.
 
     Raises:
-        ValueError: naming the key of a class that is not in the list.
+        ValueError: with the classes of `data` that are not in the list.
     """
     row_of = {name: row for row, name in reversed(list(enumerate(names)))}
     row_of = {str(row): row for row in range(len(names))} | row_of
-    for key, content in zip(keys, classes, strict=True):
-        if content not in row_of:
-            raise ValueError(f"classnames: sample {key} has class {content!r}, not one of the {len(names)} listed")
-    return np.array([row_of[content] for content in classes])
+    if unknown := sorted(set(classes) - set(row_of)):
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"classnames: {data} has the class {unknown[0]!r}{others}, not among the {len(names)} names listed: give a "
+            f"file that lists every class; numbers count its lines from 0, so here to {len(names) - 1}"
+        )
+    return np.array([row_of[content] for content in classes], dtype=np.int64)
 
 
 def accuracy(scores_NC: Tensor, right_N: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipeline.storage.manifest import load_manifest
 from train.config import EvalTask
-from train.evaluation.classes import SCORES, accuracy, labelled
+from train.evaluation.classes import SCORES, accuracy, check_fit, known_classes, labelled
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
 from train.evaluation.task import Evaluation, Task
@@ -37,12 +37,15 @@ class Neighbours(Task):
         if given.neighbours < 1:
             raise ValueError(f"neighbours {given.neighbours}: give at least 1")
         self.fit_manifest = load_manifest(given.fit) if given.fit else None
+        tested, fitted = known_classes(self.manifest), known_classes(self.fit_manifest or self.manifest)
+        if fitted is not None:
+            check_fit("k-NN", fitted, tested or ())
 
     def measure(self, encoder: Encoder) -> Evaluation:
         features = encoder.features(self.manifest)
-        tested = fitting = labelled(features)
+        tested = fitting = labelled(features, self.manifest.path)
         if self.fit_manifest is not None:
-            fitting = labelled(encoder.features(self.fit_manifest))
+            fitting = labelled(encoder.features(self.fit_manifest), self.fit_manifest.path)
         metrics = neighbour_metrics(
             fitting.image_ND,
             fitting.classes,
@@ -78,14 +81,8 @@ def neighbour_metrics(
     """
     check_finite("image", fit_FD)
     check_finite("image", test_ND)
+    check_fit("k-NN", fit_classes, test_classes)
     names = sorted(set(fit_classes))
-    if len(names) < 2:
-        raise ValueError(f"k-NN needs at least two classes, the data that neighbours are from have {len(names)}")
-    if unknown := sorted(set(test_classes) - set(names)):
-        raise ValueError(
-            f"{len(unknown)} classes are tested that no neighbour has, such as {unknown[0]!r}: give `fit` data that "
-            "hold them"
-        )
     row_of = {name: row for row, name in enumerate(names)}
     fit_F = torch.tensor([row_of[name] for name in fit_classes], device=fit_FD.device)
     test_N = np.array([row_of[name] for name in test_classes])

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline.samples.text import name_bytes
 from data_pipeline.storage.manifest import load_manifest
 from train.config import EvalTask
-from train.evaluation.classes import SCORES, accuracy, labelled
+from train.evaluation.classes import SCORES, accuracy, check_fit, known_classes, labelled
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
 from train.evaluation.task import Evaluation, Task
@@ -36,12 +36,15 @@ class Probe(Task):
     def __init__(self, given: EvalTask):
         super().__init__(given)
         self.fit_manifest = load_manifest(given.fit) if given.fit else None
+        tested, fitted = known_classes(self.manifest), known_classes(self.fit_manifest or self.manifest)
+        if fitted is not None:
+            check_fit("a linear probe", fitted, tested or ())
 
     def measure(self, encoder: Encoder) -> Evaluation:
         features = encoder.features(self.manifest)
-        tested = labelled(features)
+        tested = labelled(features, self.manifest.path)
         if self.fit_manifest is not None:
-            fitting = labelled(encoder.features(self.fit_manifest))
+            fitting = labelled(encoder.features(self.fit_manifest), self.fit_manifest.path)
             metrics = probe_metrics(fitting.image_ND, fitting.classes, tested.image_ND, tested.classes)
         else:
             tested_N = split_by_key(tested.keys)
@@ -64,13 +67,8 @@ def probe_metrics(
     """
     check_finite("image", fit_ND)
     check_finite("image", test_ND)
+    check_fit("a linear probe", fit_classes, test_classes)
     names = sorted(set(fit_classes))
-    if len(names) < 2:
-        raise ValueError(f"a linear probe needs at least two classes, its fitting data has {len(names)}")
-    if unknown := sorted(set(test_classes) - set(names)):
-        raise ValueError(
-            f"{len(unknown)} classes are tested but not fitted, such as {unknown[0]!r}: give `fit` data that hold them"
-        )
     if not test_classes:
         raise ValueError(f"none of the {len(fit_classes)} samples fell into the tested fifth: give more data, or `fit`")
     row_of = {name: row for row, name in enumerate(names)}

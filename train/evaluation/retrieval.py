@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.distributed import all_reduce_sum, rank, world_size
+from train.config import EvalTask
+from train.distributed import all_reduce_sum, span
 from train.evaluation.encode import Encoder
 from train.evaluation.task import Evaluation, Task
 
@@ -34,6 +35,16 @@ class Retrieval(Task):
             "mean_rank": min,
         }.items()
     }
+
+    def __init__(self, given: EvalTask):
+        super().__init__(given)
+        statistics = self.manifest.statistics
+        usable = self.manifest.nsamples - statistics.get("bad", {}).get("count", 0)
+        if statistics.get("uncaptioned", 0) >= usable:
+            raise ValueError(
+                f"{self.manifest.path}: none of its {self.manifest.nsamples} samples has a caption, so there is no "
+                "retrieval; data with classes are for an entry of eval.tasks with the task zeroshot, knn or probe"
+            )
 
     def measure(self, encoder: Encoder) -> Evaluation:
         found = encoder.features(self.manifest).with_captions()
@@ -153,11 +164,6 @@ def chance_median(right_Q: np.ndarray, total: int) -> int:
         else:
             low = middle + 1
     return low
-
-
-def span(total: int) -> tuple[int, int]:
-    """Start and stop of this process's contiguous share of `total` rows."""
-    return total * rank() // world_size(), total * (rank() + 1) // world_size()
 
 
 def check_finite(tower: str, features_ND: Tensor) -> None:

@@ -15,11 +15,24 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Predictions:
+    """Which class each image was taken for; rows of `names`."""
+
+    names: list[str]
+    keys: list[str]
+    """Of the images, as in their features."""
+    right: list[int]
+    predicted: list[int]
+
+
+@dataclass
 class Evaluation:
     """Metrics of held-out data, and the features that they were computed from."""
 
     metrics: dict[str, float]
     features: Features
+    predictions: Predictions | None = None
+    """Of a task that gives each image one of several named classes."""
     seconds: float = 0.0
     """How long it took. Where several share a data set, the first one has encoded it."""
 
@@ -42,6 +55,12 @@ class Task(ABC):
     def __init__(self, given: EvalTask):
         self.given = given
         self.manifest = load_manifest(given.data)
+        bad = self.manifest.statistics.get("bad", {}).get("count", 0)
+        if self.manifest.nsamples <= bad:
+            raise ValueError(
+                f"{self.manifest.path}: none of its {self.manifest.nsamples} samples can be read; "
+                "`python -m data_pipeline inspect` says why"
+            )
 
     @abstractmethod
     def measure(self, encoder: Encoder) -> Evaluation:

@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import EvalTask
-from train.evaluation.classes import SCORES, accuracy, class_indices, labelled, read_names, read_templates
+from train.evaluation.classes import (
+    SCORES,
+    accuracy,
+    class_indices,
+    known_classes,
+    labelled,
+    read_names,
+    read_templates,
+)
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
-from train.evaluation.task import Evaluation, Task
+from train.evaluation.task import Evaluation, Predictions, Task
 from train.evaluation.templates import TEMPLATES
 
 
@@ -24,27 +32,34 @@ class Zeroshot(Task):
     """`zeroshot_metrics` of the images that have a class; those without one are counted."""
 
     options: ClassVar = {
-        "classnames": "a file with one class name per line (or a list), in the order of their numbers",
-        "templates": "imagenet, for CLIP's 80 sentences, or a file with one per line, {} or {c} is the class name",
+        "classnames": "a file with one class name per line (or a list), in the order of their numbers; default: "
+        "classnames.txt beside the data",
+        "templates": "imagenet, for CLIP's 80 sentences, or a file with one per line, {} or {c} is the class name; "
+        "default: zeroshot_classification_templates.txt beside the data, or four sentences",
     }
     scores = SCORES
 
     def __init__(self, given: EvalTask):
         super().__init__(given)
+        known = known_classes(self.manifest)
         if not given.classnames:
             raise ValueError(
-                "zeroshot needs `classnames`: a file with one class name per line, in the order of their numbers"
+                "zeroshot needs `classnames`: a file with one class name per line, in the order of their numbers "
+                "(classnames.txt beside the data is found)"
             )
         self.names = read_names(given.classnames)
-        known = TEMPLATES.get(given.templates)
-        self.templates = known or read_templates(given.templates)
+        class_indices(known or (), self.names, self.manifest.path)
+        self.templates = TEMPLATES.get(given.templates) or read_templates(given.templates)
 
     def measure(self, encoder: Encoder) -> Evaluation:
         features = encoder.features(self.manifest)
-        tested = labelled(features)
-        rows_N = class_indices(tested.keys, tested.classes, self.names)
-        metrics = zeroshot_metrics(tested.image_ND, class_features(encoder, self.names, self.templates), rows_N)
-        return Evaluation(metrics | tested.counts, features)
+        tested = labelled(features, self.manifest.path)
+        rows_N = class_indices(tested.classes, self.names, self.manifest.path)
+        class_CD = class_features(encoder, self.names, self.templates)
+        metrics = zeroshot_metrics(tested.image_ND, class_CD, rows_N)
+        nearest_N = (tested.image_ND.double() @ class_CD.double().T).argmax(-1)
+        predictions = Predictions(self.names, tested.keys, rows_N.tolist(), nearest_N.tolist())
+        return Evaluation(metrics | tested.counts, features, predictions)
 
 
 def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:

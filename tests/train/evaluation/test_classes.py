@@ -106,22 +106,22 @@ def test_clips_own_templates_are_known_by_name():
 
 
 def test_classes_are_numbers_or_names():
-    assert class_indices(list("abcd"), ["1", "red", "0", "blue"], ["blue", "red"]).tolist() == [1, 1, 0, 0]
+    assert class_indices(["1", "red", "0", "blue"], ["blue", "red"], "data").tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("content", ["2", "-1", "green"])
 def test_a_class_that_is_not_listed_is_named(content):
-    with pytest.raises(ValueError, match=f"classnames: sample part-000000.tar/1 has class '{content}'"):
-        class_indices([f"part-000000.tar/{row}" for row in range(2)], ["0", content], ["blue", "red"])
+    with pytest.raises(ValueError, match=f"classnames: data has the class '{content}', not among the 2 .* here to 1"):
+        class_indices(["0", content], ["blue", "red"], "data")
 
 
 def test_samples_without_a_class_are_left_out_and_counted():
     some = features(["0", None, "1", None, "0"])
-    found = labelled(some)
+    found = labelled(some, "data")
     assert found.keys == [some.keys[row] for row in (0, 2, 4)] and found.classes == ["0", "1", "0"]
     assert torch.equal(found.image_ND, some.image_ND[[0, 2, 4]]) and found.counts == {"n_unlabelled": 2, "n_bad": 0}
-    with pytest.raises(ValueError, match="none of the 2 samples has a class"):
-        labelled(features([None, None]))
+    with pytest.raises(ValueError, match="data: none of the 2 samples has a class"):
+        labelled(features([None, None]), "data")
 
 
 def test_entries_of_a_file(tmp_path):
@@ -154,7 +154,7 @@ def test_equal_class_names_are_said_and_are_two_classes(tmp_path, capsys):
     names = read_names(path)
     assert names == ["missile", "blue", "missile"]
     assert "1 name(s) to more than one class, such as 'missile' to classes 0, 2" in capsys.readouterr().err
-    assert class_indices(list("abc"), ["2", "0", "missile"], names).tolist() == [2, 0, 0]
+    assert class_indices(["2", "0", "missile"], names, "data").tolist() == [2, 0, 0]
 
 
 def clusters(seed: int, per_class: int, spread: float) -> tuple[torch.Tensor, list[str]]:
@@ -199,7 +199,7 @@ def test_probe_needs_classes():
     x_ND, classes = clusters(1, 4, 0.1)
     with pytest.raises(ValueError, match="at least two classes"):
         probe_metrics(x_ND, ["one"] * 12, x_ND, classes)
-    with pytest.raises(ValueError, match=r"tested but not fitted, such as 'class 2'.*`fit`"):
+    with pytest.raises(ValueError, match=r"in the data that a linear probe learns from, such as 'class 2'.*`fit`"):
         probe_metrics(x_ND, ["class 0", "class 1"] * 6, x_ND, classes)
     with pytest.raises(ValueError, match="none of the 12 samples fell into the tested fifth"):
         probe_metrics(x_ND, classes, x_ND[:0], [])
@@ -242,5 +242,5 @@ def test_neighbours_need_classes():
     x_ND, classes = clusters(1, 4, 0.1)
     with pytest.raises(ValueError, match="at least two classes"):
         neighbour_metrics(x_ND, ["one"] * 12, x_ND, classes, k=3)
-    with pytest.raises(ValueError, match="no neighbour has, such as 'class 2'"):
+    with pytest.raises(ValueError, match="in the data that k-NN learns from, such as 'class 2'"):
         neighbour_metrics(x_ND, ["class 0", "class 1"] * 6, x_ND, classes, k=3)
