@@ -229,17 +229,19 @@ class EvalTask:
 
     name: str = ""
     """What its metrics are called; different for each."""
-    task: str = "retrieval"
-    """retrieval, zeroshot, knn or probe (train/evaluation)."""
+    task: str = ""
+    """retrieval, zeroshot, knn or probe (train/evaluation); empty: as dataset_type.txt beside the data says, else
+    retrieval."""
     data: str = ""
     """Held-out data: a manifest.json (or its directory); empty: data.val."""
     every: int = 0
     """Steps between evaluations; 0: eval.every."""
     classnames: str = ""
-    """zeroshot: a file with the names of the classes, in the order of their numbers."""
+    """zeroshot: a file with the names of the classes, in the order of their numbers; empty: classnames.txt beside the
+    data (in the folder of the manifest or the one above it)."""
     templates: str = ""
     """zeroshot: imagenet (CLIP's 80 sentences), or a file of sentences in which {} or {c} is the class name; empty:
-    four sentences."""
+    zeroshot_classification_templates.txt beside the data, or four sentences."""
     fit: str = ""
     """probe: manifest of the data to fit to; empty: four fifths of `data`, by a hash of the key. knn: of the data that
     neighbours are from; empty: the other images of `data`."""
@@ -259,6 +261,9 @@ class EvalConfig:
     """Pairs per forward pass of an evaluation."""
     chunk: int = machine(1024)
     """Rows of the similarity matrix that exist at once."""
+    cache_gb: float = machine(1.0)
+    """Decoded held-out images that a process keeps for its next evaluation, in GB (1e9 bytes), over all sets; a set
+    whose share does not fit is decoded again each time. 0: none is kept."""
 
 
 @dataclass

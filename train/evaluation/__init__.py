@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from train.config import EvalTask
+from train.evaluation.beside import completed
 
 if TYPE_CHECKING:
     from train.evaluation.task import Task
@@ -54,9 +55,10 @@ def check_options(given: EvalTask) -> type[Task]:
 
 
 def build_task(given: EvalTask) -> Task:
-    """The evaluation that `given` describes, with its data and its options checked.
+    """The evaluation that `given` and what is beside its data describe, with its data and its options checked.
 
     Raises:
         ValueError: as `check_options`, or what the task itself refuses.
     """
+    given = completed(given)
     return check_options(given)(given)

@@ -9,11 +9,17 @@ from dataclasses import replace
 from data_pipeline.storage.manifest import Manifest
 from train.config import EvalTask, RunConfig
 from train.evaluation import build_task, check_options
+from train.evaluation.beside import completed
 from train.evaluation.encode import Encoder
 from train.evaluation.task import Evaluation, Task
 
 HELD_OUT = "val"
 """Name of retrieval on `data.val`."""
+NO_HELD_OUT = (
+    "The run has no held-out data, so nothing is evaluated. Keep some samples out of training, make a manifest of them "
+    "(python -m data_pipeline pack, or index) and give it as --data.val"
+)
+"""What to say of a run that evaluates nothing."""
 
 
 def given_tasks(config: RunConfig) -> dict[str, EvalTask]:
@@ -22,13 +28,14 @@ def given_tasks(config: RunConfig) -> dict[str, EvalTask]:
     Raises:
         ValueError: a task without a name, or with the name of another one.
     """
-    given = {HELD_OUT: EvalTask(name=HELD_OUT, data=config.data.val)} if config.data.val else {}
+    held_out = EvalTask(name=HELD_OUT, task="retrieval", data=config.data.val)
+    given = {HELD_OUT: held_out} if config.data.val else {}
     for number, task in enumerate(config.eval.tasks):
         if not task.name or set(task.name) & set("/ \t\n"):
-            raise ValueError(f"eval.tasks: name {task.name!r} of entry {number}: give one word, such as {task.task}")
+            raise ValueError(f"eval.tasks: name {task.name!r} of entry {number}: give one word, such as birds")
         if task.name in given:
             raise ValueError(f"eval.tasks: two are called {task.name}; give each a name of its own")
-        given[task.name] = replace(task, data=task.data or config.data.val)
+        given[task.name] = completed(replace(task, data=task.data or config.data.val))
     return given
 
 
