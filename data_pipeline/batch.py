@@ -20,6 +20,10 @@ class _Batch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def clone(self):
+        """The same batch in memory of its own, not in that which a loader process shares."""
+        return self._map(Tensor.clone)
+
     def pin_memory(self):
         """The same batch in page-locked memory; torch's DataLoader calls this."""
         return self._map(Tensor.pin_memory)

@@ -16,7 +16,7 @@ from train import terms
 from train.cli import flatten
 from train.config import RunConfig, TrainConfig
 from train.evaluation.best import check_best
-from train.evaluation.suite import check_tasks
+from train.evaluation.suite import NO_HELD_OUT, check_tasks
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "eval.every": (_at_least(0), "steps, 0 is off"),
     "eval.batch": (_at_least(1), "at least 1"),
     "eval.chunk": (_at_least(1), "at least 1"),
+    "eval.cache_gb": (_at_least(0), "0 or more"),
     "loss.tile": (_at_least(1), "at least 1"),
     "loss.label_smoothing": (_share, "at least 0 and below 1"),
     "model.image.dropout": (_share, "a share of at least 0 and below 1, or null for what the model has"),
@@ -138,6 +139,8 @@ def hints(config: RunConfig, steps: int) -> list[str]:
         )
     if train.steps and train.epochs != TrainConfig.epochs:
         found.append(f"train.epochs {train.epochs:g} is not used, since train.steps {train.steps} is given")
+    if not config.data.val and not config.eval.tasks:
+        found.append(NO_HELD_OUT)
     return found
 
 

@@ -111,10 +111,14 @@ def test_a_synchronized_norm_may_see_the_whole_share():
 
 def test_what_a_run_cannot_have_meant_is_said():
     config = described()
-    config.optim.warmup_steps = 500
+    config.optim.warmup_steps, config.data.val = 500, "val"
     assert hints(config, 500) == []
     assert hints(config, 250) == [
         "optim.warmup_steps 500 is more than the 250 steps of the run: the learning rate ends at 50% of its peak"
     ]
     config.train.steps, config.train.epochs, config.optim.warmup_steps = 250, 3.0, 0
     assert hints(config, 250) == ["train.epochs 3 is not used, since train.steps 250 is given"]
+    config.data.val = ""
+    assert hints(config, 250)[-1].endswith(
+        "make a manifest of them (python -m data_pipeline pack, or index) and give it as --data.val"
+    )

@@ -23,11 +23,14 @@ from train.distributed import (
     broadcast_object,
     gather_objects,
     rank,
+    span,
     world_size,
 )
 from train.model.pair import PairModel
 
 Autocast = Callable[[], AbstractContextManager]
+Change = Callable[[EvalBatch], Tensor]
+"""A decoded batch -> its images, changed: uint8 [B, 3, H, W]."""
 
 
 @dataclass
@@ -87,7 +90,8 @@ class Encoder:
     """A model as it is now, and what is needed to encode held-out data and texts with it.
 
     All processes use it together, on a module that can be called directly (not the engine's wrapper). The features of
-    a data set are kept until `forget`, so that several tasks can share them; its loader processes stay to the end.
+    a data set are kept until `forget`, so that several tasks can share them. Its decoded images are kept to the end
+    where they fit into `eval.cache_gb`; where they do not, its loader processes are.
 
     Args:
         autocast: makes the context of every forward pass, such as `train.engine.precision.autocast`.
@@ -97,6 +101,9 @@ class Encoder:
         self.model, self.config, self.tokenizer, self.autocast = model, config, tokenizer, autocast
         self._features: dict[str, Features] = {}
         self._loaders: dict[str, Iterable[EvalBatch]] = {}
+        self._decoded: dict[str, list[EvalBatch]] = {}
+        self._room = int(config.eval.cache_gb * 1e9)
+        self._blank = _blank(config)
 
     def forget(self) -> None:
         """Drop the features that are kept: the weights are about to change."""
@@ -114,6 +121,26 @@ class Encoder:
             self._features[manifest.path] = self._encode(manifest)
         return self._features[manifest.path]
 
+    @contextmanager
+    def changed(self, manifest: Manifest, change: Change) -> Iterator[None]:
+        """Inside, the images of this data set are what `change` makes of them; texts, classes, all else are as before.
+
+        Raises:
+            ValueError: not one sample could be read.
+        """
+        plain = self.features(manifest)
+        images, counts = [], 0
+        with evaluating(self.model):
+            for batch in _in_step(self._batches(manifest), self._blank):
+                images.append(self._images(replace(batch, images_BCHW=change(batch)) if batch.keys else batch))
+                counts += len(batch.keys)
+        image_ND = _gather_uneven(torch.cat(images), broadcast_object(gather_objects(counts)))
+        self._features[manifest.path] = replace(plain, image_ND=image_ND)
+        try:
+            yield
+        finally:
+            self._features[manifest.path] = plain
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [M, D] float32 of M texts; every process encodes all of them."""
         ids_ML, mask_ML = self.tokenizer(texts)
@@ -121,11 +148,6 @@ class Encoder:
             return self._texts(ids_ML, mask_ML)
 
     def _encode(self, manifest: Manifest) -> Features:
-        device = self._device()
-        if manifest.path not in self._loaders:
-            share = {"batch": self.config.eval.batch, "rank": rank(), "world": world_size()}
-            self._loaders[manifest.path] = eval_loader(self.config.data, manifest, self.tokenizer, keep=True, **share)
-        blank = _blank(self.config)
         images: list[Tensor] = []
         texts: list[Tensor] = []
         owners: list[int] = []
@@ -134,13 +156,10 @@ class Encoder:
         classes: list[str | None] = []
         bad: list[dict] = []
         with evaluating(self.model):
-            for batch in _in_step(self._loaders[manifest.path], blank):
-                shown = batch if batch.keys else blank
-                with self.autocast():
-                    image_BD = self.model.encode_image(shown.images_BCHW.to(device))
-                text_BD = self._texts(shown.ids_ML, shown.mask_ML)
-                images.append(image_BD[: len(batch.keys)].float())
-                texts.append(text_BD[: len(batch.captions)])
+            for batch in _in_step(self._batches(manifest), self._blank):
+                images.append(self._images(batch))
+                shown = batch if batch.keys else self._blank
+                texts.append(self._texts(shown.ids_ML, shown.mask_ML)[: len(batch.captions)])
                 owners += [len(keys) + row for row in batch.caption_row]
                 keys += batch.keys
                 captions += batch.captions
@@ -159,12 +178,45 @@ class Encoder:
         return Features(
             image_ND=_gather_uneven(torch.cat(images), [len(part[1]) for part in parts]),
             text_MD=_gather_uneven(torch.cat(texts), [len(part[2]) for part in parts]),
-            image_of_text_M=torch.tensor(owners, dtype=torch.int64, device=device),
+            image_of_text_M=torch.tensor(owners, dtype=torch.int64, device=self._device()),
             keys=keys,
             captions=captions,
             classes=classes,
             bad=bad,
         )
+
+    def _batches(self, manifest: Manifest) -> Iterable[EvalBatch]:
+        """This process's share of a data set."""
+        path = manifest.path
+        if path in self._decoded:
+            return self._decoded[path]
+        if path in self._loaders:
+            return self._loaders[path]
+        first, last = span(manifest.nsamples)
+        size = (last - first) * 3 * self.config.data.evaluated_size**2
+        fits = size <= self._room
+        share = {"batch": self.config.eval.batch, "rank": rank(), "world": world_size()}
+        loader = eval_loader(self.config.data, manifest, self.tokenizer, keep=not fits, **share)
+        if not fits:
+            self._loaders[path] = loader
+            return loader
+        return self._keeping(path, loader, size)
+
+    def _keeping(self, path: str, loader: Iterable[EvalBatch], size: int) -> Iterator[EvalBatch]:
+        """The batches of a loader, which are kept once it has come to its end; size: of their images, in bytes."""
+        kept = []
+        for batch in loader:
+            kept.append(batch.clone())
+            yield batch
+        self._decoded[path] = kept
+        self._room -= size
+
+    def _images(self, batch: EvalBatch) -> Tensor:
+        """Unit vectors of a batch's images; a batch without any still makes its forward pass."""
+        shown = batch if batch.keys else self._blank
+        with self.autocast():
+            image_BD = self.model.encode_image(shown.images_BCHW.to(self._device()))
+        return image_BD[: len(batch.keys)].float()
 
     def _texts(self, ids_ML: Tensor, mask_ML: Tensor) -> Tensor:
         """`eval.batch` texts at a time; every process makes as many forward passes as the one with the most texts."""

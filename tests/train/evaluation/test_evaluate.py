@@ -248,3 +248,38 @@ def test_captions_are_needed_only_where_the_task_uses_them(tmp_path, config, cap
     whole = encoder.features(load_manifest(data))
     rows = [whole.keys.index(key) for key in found.features.keys]
     assert torch.equal(found.features.image_ND, whole.image_ND[rows])
+
+
+def test_held_out_images_are_decoded_once_where_they_fit(config, tmp_path):
+    """What is kept is what was decoded; of what is not kept the shards are read again."""
+    data = write_data(tmp_path / "data", (5, 4), bad=(2,))
+    config = copy.deepcopy(config)
+    model, tokenizer = parts(config)
+    size = 3 * config.data.image_size**2
+    for kept, gigabytes in ((True, 9 * size / 1e9), (False, 8 * size / 1e9), (False, 0.0)):
+        config.eval.cache_gb = gigabytes
+        encoder, task = Encoder(model, config, tokenizer), build_task(EvalTask(data=str(data)))
+        first = task.measure(encoder)
+        encoder.forget()
+        shard = tmp_path / "data" / "part-000001.tar"
+        content = shard.read_bytes()
+        shard.write_bytes(content.replace(b"IHDR", b"none"))  # no image in it can be read any more
+        again = task.measure(encoder)
+        shard.write_bytes(content)
+        assert again.metrics["n_bad"] == (1 if kept else 5)
+        if kept:
+            assert again.metrics == first.metrics
+            assert torch.equal(again.features.image_ND, first.features.image_ND)
+            assert again.features.bad == first.features.bad and again.features.captions == first.features.captions
+
+
+def test_what_is_kept_is_no_memory_of_a_loader_process(config, data):
+    config = copy.deepcopy(config)
+    config.data.workers = 1
+    model, tokenizer = parts(config)
+    encoder = Encoder(model, config, tokenizer)
+    retrieved = build_task(EvalTask(data=str(data))).measure(encoder).features
+    kept = encoder._decoded[str(data / "manifest.json")]
+    assert sum(len(batch.keys) for batch in kept) == 13 and not any(batch.images_BCHW.is_shared() for batch in kept)
+    encoder.forget()
+    assert torch.equal(build_task(EvalTask(data=str(data))).measure(encoder).features.image_ND, retrieved.image_ND)
