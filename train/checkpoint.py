@@ -243,18 +243,19 @@ def mark_best(run_dir: Path, step: int, keep: int) -> None:
         raise ValueError(problem)
 
 
-def load_model(run_dir: str | Path) -> tuple[PairModel, RunConfig]:
-    """The newest model of a run, on the CPU in evaluation mode, and its configuration; averaged, where `optim.ema` is.
+def load_model(run_dir: str | Path, step: str = "") -> tuple[PairModel, RunConfig]:
+    """A model of a run, on the CPU in evaluation mode, and its configuration; averaged, where `optim.ema` is.
 
     The configuration names the checkpoint's own text encoder and tokenizer.
 
     Args:
         run_dir: a run directory, or one of its checkpoints.
+        step: empty for the newest one, `best`, or a number of steps.
 
     Raises:
         ValueError: there is no undamaged checkpoint.
     """
-    path = find(run_dir)
+    path = find(run_dir, step)
     if damage := verify(path):
         raise ValueError(f"run {run_dir}: the checkpoint is damaged ({damage})")
     config, state = with_own_text(cli.load(path / "config.yaml"), path), load_state(path)

@@ -1,6 +1,7 @@
 """Evaluation of a run by hand, by the code that evaluates in training.
 
 python -m train.evaluate --run runs/quickstart --task retrieval --data data/val --json
+python -m train.evaluate --run runs/quickstart --step best --corrupt noise,blur
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 from data_pipeline.tokenizer import Tokenizer
 from train import cli
@@ -23,17 +25,32 @@ from train.engine.precision import autocast
 from train.engine.start import start
 from train.evaluation import TASKS, build_task, find_task
 from train.evaluation.encode import Encoder
+from train.evaluation.robustness import CORRUPTIONS, Curves, chosen, curves
 from train.evaluation.suite import given_tasks
 from train.evaluation.task import Task
 from train.model.text_files import tokenizer_name
 
 
-def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float], str]:
-    """A task, its metrics for a model of the run, and the precision of the forward passes; the same on every process.
+@dataclass
+class Found:
+    """What an evaluation has found, the same on every process."""
+
+    task: Task
+    metrics: dict[str, float]
+    precision: str
+    """Of the forward passes."""
+    checkpoint: Path
+    curves: Curves
+    """Of corrupted images, where they are asked for."""
+
+
+def run_task(options: argparse.Namespace) -> Found:
+    """Evaluate a model of the run.
 
     Raises:
         ValueError: naming the option that is missing or wrong, or what the data lacks.
     """
+    kinds = chosen(options.corrupt) if options.corrupt else []
     if options.workers is not None and options.workers < 0:
         raise ValueError(f"workers {options.workers}: 0 (load in this process) or more")
     accelerator = start()
@@ -48,7 +65,8 @@ def run_task(options: argparse.Namespace) -> tuple[Task, dict[str, float], str]:
     encoder = Encoder(model, config, tokenizer, autocast=partial(autocast, accelerator.device, precision))
     if is_main():
         print(f"{path}, in {precision}{why}", file=sys.stderr)
-    return task, task.measure(encoder).metrics, precision
+    metrics = task.measure(encoder).metrics
+    return Found(task, metrics, precision, path, curves(task, encoder, kinds, options.seed))
 
 
 def chosen_precision(asked: str, recorded: str, launched: str) -> tuple[str, str]:
@@ -68,7 +86,7 @@ def chosen_precision(asked: str, recorded: str, launched: str) -> tuple[str, str
 def described(options: argparse.Namespace, config: RunConfig) -> EvalTask:
     """The evaluation that the command line asks for: one of the run's by its name, or a kind of TASKS; then options."""
     known = given_tasks(config)
-    if options.task not in TASKS and options.task not in known:
+    if options.task not in ("", *TASKS, *known):
         raise ValueError(f"task {options.task}: give one of {', '.join([*TASKS, *known])}")
     given = known.get(options.task) or EvalTask(name=options.task, task=options.task, data=config.data.val)
     own = {name: getattr(options, name) for name in ("data", *own_options())}
@@ -97,7 +115,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="run directory, or one checkpoint of it")
     parser.add_argument("--step", default="", help="best, or a number of steps; default: the newest checkpoint")
     kinds = ", ".join(TASKS)
-    parser.add_argument("--task", default="retrieval", help=f"{kinds}, or the name of one of the run's eval.tasks")
+    parser.add_argument(
+        "--task",
+        default="",
+        help=f"{kinds}, or the name of one of the run's eval.tasks; default: as dataset_type.txt beside the data says, "
+        "else retrieval",
+    )
     parser.add_argument("--data", help="manifest of the data, or its directory; default: the run's data.val")
     for name, readers in own_options().items():
         kind = type(next(item.default for item in fields(EvalTask) if item.name == name))
@@ -109,6 +132,16 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["bf16", "fp32"],
         help="of the forward passes; default: as the run was trained",
     )
+    parser.add_argument(
+        "--corrupt",
+        nargs="?",
+        const="all",
+        default="",
+        metavar="KINDS",
+        help=f"also under corruptions, in five severities each: {','.join(CORRUPTIONS)}, or all (the default); data to "
+        "`fit` to stay as they are",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise of --corrupt (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -127,19 +160,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     try:
         with stdout_kept():
-            task, metrics, precision = run_task(options)
+            found = run_task(options)
+            page = show(found, options) if found.curves and is_main() else None
     except ValueError as error:
-        print(
-            f"error: {cli.with_flags(str(error), ['run', 'step', 'task', 'data', 'workers', *own_options()])}",
-            file=sys.stderr,
-        )
+        flags = ["run", "step", "task", "data", "workers", "corrupt", *own_options()]
+        print(f"error: {cli.with_flags(str(error), flags)}", file=sys.stderr)
         return 2
     if is_main():
         if options.json:
-            print(json.dumps({"task": options.task, "run": options.run, "precision": precision, **metrics}))
+            named = {"task": options.task or found.task.given.task, "run": options.run, "precision": found.precision}
+            corrupted = {"corrupted": found.curves} if found.curves else {}
+            print(json.dumps(named | found.metrics | corrupted))
         else:
-            print(task.table(metrics))
+            print(found.task.table(found.metrics))
+            if found.curves:
+                print(table(found.curves, drawn(found.task)))
+        if page:
+            print(f"Curves: {page}", file=sys.stderr)
     return 0
+
+
+def drawn(task: Task) -> list[str]:
+    """The metrics that are shown of corrupted images: those that fall as a model gets worse."""
+    return [name for name, better in task.scores.items() if better is max]
+
+
+def table(curves: Curves, kept: Sequence[str]) -> str:
+    """Each corruption and severity, for the terminal."""
+    lines = ["".join(f"{name:>12}" for name in ("corruption", "severity", *kept))]
+    for name, found in curves.items():
+        for severity, metrics in enumerate(found, start=1):
+            lines.append(f"{name:>12}{severity:>12}" + "".join(f"{metrics[metric]:12.1f}" for metric in kept))
+    return "\n".join(lines)
+
+
+def show(found: Found, options: argparse.Namespace) -> Path:
+    """Write the page of corrupted images into the run's report."""
+    # Plots need matplotlib, which is slow to import.
+    from train.report.robustness import write_robustness
+
+    run, name = found.checkpoint.parent.parent, options.task or found.task.given.task
+    words = f"{found.checkpoint.name} of {run.name} on {found.task.manifest.path}, seed {options.seed}"
+    try:
+        return write_robustness(run, name, drawn(found.task), found.metrics, found.curves, words)
+    except OSError as error:
+        raise ValueError(f"run {run}: the curves could not be written into its report: {error}") from error
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_probe(finished):
     ("name", "words"),
     [
         ("no names", "zeroshot needs --classnames: a file"),
-        ("few names", "--classnames: sample part-000000.tar/0002 has class '2', not one of the 2 listed"),
+        ("few names", "manifest.json has the class '2' and 1 more, not among the 2 names listed"),
         ("no classes", "none of the 4 samples has a class"),
         ("template", "--templates: 'red' must hold exactly one {}"),
         ("names for retrieval", "names.txt is for the task zeroshot, not for retrieval"),
