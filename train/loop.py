@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from data_pipeline import overlap
 from data_pipeline.loader import MicroBatch
 from data_pipeline.seeds import model_seed
+from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
@@ -33,6 +34,7 @@ from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import build_model
 from train.model.text_files import text_files, tokenizer_name, with_own_text
+from train.report import exhibit
 from train.report.page import write_report
 from train.run.directory import open_run, read_results, record_config, write_results
 from train.run.records import read_history
@@ -53,6 +55,7 @@ class Run:
     state: TrainState
     balance: Balance
     steps: int
+    training: Sequence[Manifest]
     batches: Iterable[MicroBatch]
     suite: Suite
     encoder: Encoder
@@ -179,22 +182,22 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
         for name, evaluation in found.items()
         if name != HELD_OUT
     }
-    evaluation = found.get(HELD_OUT)
+    with run.average.applied():
+        shown = exhibit.collect(run.encoder, run.suite, found, run.training)
     results = {
         "steps": state.step,
         "samples_seen": state.samples_seen,
         "seconds": round(state.seconds, 1),
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped,
-        "val": evaluation.metrics if evaluation else {},
+        "val": found[HELD_OUT].metrics if HELD_OUT in found else {},
         "tasks": tasks,
         "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else {},
     }
     distributed.barrier()  # the last of all ranks: what follows takes rank 0 as long as it needs
     run.tracker.finish(0)
     if distributed.is_main():
-        manifest = run.suite.tasks[HELD_OUT].manifest if evaluation else None
-        write_report(run.directory, run.config, results, evaluation, manifest)
+        write_report(run.directory, run.config, results, shown)
         write_results(run.directory, results)
         announce(run.directory, results, "is finished")
     return 0
@@ -250,7 +253,21 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         for line in lines:
             tracker.message(line)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
-    parts = (engine, average, state, balance, feed.steps, batches, suite, encoder, files, best, tracker, stop)
+    parts = (
+        engine,
+        average,
+        state,
+        balance,
+        feed.steps,
+        feed.manifests,
+        batches,
+        suite,
+        encoder,
+        files,
+        best,
+        tracker,
+        stop,
+    )
     return Run(config, directory, *parts)
 
 

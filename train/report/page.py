@@ -1,41 +1,39 @@
-"""The report of a run: plots, galleries and one page that shows them, in `<run>/report/`."""
+"""The report of a run in `<run>/report/`: a page that shows the model at work, with plots and numbers.
+
+The page is static: index.html and the pictures beside it, which no server has to answer for.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from data_pipeline.storage.files import write_atomically
-from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.redaction import redact_urls
 from train import cli
 from train.config import RunConfig
 from train.evaluation import find_task
 from train.evaluation.retrieval import RECALL_AT
-from train.report.gallery import draw_galleries
+from train.evaluation.suite import NO_HELD_OUT
+from train.report.confusion import confusion_table
+from train.report.exhibit import Exhibit
+from train.report.explore import explore
 from train.report.plots import DIRECTIONS, draw_plots
 from train.run.records import read_history
 
-if TYPE_CHECKING:
-    from train.evaluation.task import Evaluation
-
 DIRECTORY = "report"
+HERE = Path(__file__).parent
+SHARPNESS = 1.5
+"""Pixels of a plot for each pixel of the page."""
 # Section titles, pictures and what to say under each.
-SECTIONS = (
-    (
-        "Text finds image",
-        "gallery_text_to_image.png",
-        "Each row: a text that the model has never seen and, of all {n_images:.0f} held-out images, the nearest ones. "
-        "The right one has a green frame. The texts are at even distances in the data, good and bad alike.",
-    ),
-    (
-        "Image finds text",
-        "gallery_image_to_text.png",
-        "Each card: a held-out image and the nearest of all {n_texts:.0f} held-out texts. Right ones are green.",
-    ),
+PLOTS = (
     ("Recall", "recall.png", "Share of queries that have the right answer among their first 1, 5 and 10, in percent."),
     ("Other evaluations", "tasks.png", "Each of eval.tasks over the steps."),
     ("Loss", "loss.png", "Every step, and the moving average. Chance is what features that know nothing would get."),
@@ -66,39 +64,46 @@ CHOSEN = (
 
 
 def write_report(
-    run_dir: str | Path,
-    config: RunConfig,
-    results: dict[str, Any],
-    evaluation: Evaluation | None = None,
-    manifest: Manifest | None = None,
+    run_dir: str | Path, config: RunConfig, results: dict[str, Any], exhibit: Exhibit | None = None
 ) -> Path:
     """Write the report of a run from its metrics.jsonl and its results; one process calls it.
 
     Args:
-        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`; `tasks`, `best` if any.
-        evaluation: of the finished model on the held-out data, which `manifest` describes; None for none.
+        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`; `val`, `tasks`, `best` if any.
+        exhibit: what the finished model makes of the held-out data; None for none.
 
     Returns:
-        The path of index.html. Held-out data that can no longer be read leaves out the galleries, and the page says so.
+        The path of index.html. Where data can no longer be read it shows numbers and plots alone, and says so.
     """
     directory = Path(run_dir) / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("*.png"):
+    for old in (*directory.glob("*.png"), *directory.glob("*.webp")):
         old.unlink()
-    metrics = evaluation.metrics if evaluation else {}
-    chance_loss = math.log(config.train.global_batch) if config.loss.kind == "softmax" else None
-    note = ""
-    if evaluation is not None and manifest is not None:
+    shown, note = "", ""
+    if exhibit is not None:
         try:
-            draw_galleries(evaluation.features, manifest, config.data, directory)
+            shown = _exhibit(explore(exhibit, config.data, directory))
         except (OSError, ValueError) as error:
-            note = f"No galleries: {error}"
-    tasks = results.get("tasks", {})
+            note = f"No pictures: {error}"
+    history, metrics, tasks = read_history(Path(run_dir)), results.get("val", {}), results.get("tasks", {})
+    chance_loss = math.log(config.train.global_batch) if config.loss.kind == "softmax" else None
     scores = {name: find_task(one["task"]).scores for name, one in tasks.items()}
     drawn = {name: [metric for metric in scores[name] if scores[name][metric] is max] for name in scores}
-    draw_plots(read_history(Path(run_dir)), metrics, drawn, chance_loss, directory)
-    facts = config_facts(config) + result_facts(results)
-    write_atomically(directory / "index.html", _page(config, metrics, tasks, facts, note, directory))
+    draw_plots(history, metrics, drawn, chance_loss, directory)
+    facts = [*config_facts(config), *result_facts(results), *evaluation_facts(history)]
+    page = PAGE.substitute(
+        name=escape(config.name),
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+        cards=_cards(metrics, bool(tasks)) + (f"<p class=note>{escape(note)}</p>" if note else ""),
+        exhibit=shown,
+        confusions=_confusions(exhibit, tasks),
+        plots=_plots(directory),
+        numbers=_numbers(metrics) + "".join(_task_numbers(name, one["metrics"]) for name, one in tasks.items()),
+        facts="".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in facts),
+        yaml=escape(cli.to_yaml(config)),
+        script=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>" if shown else "",
+    )
+    write_atomically(directory / "index.html", page)
     return directory / "index.html"
 
 
@@ -122,28 +127,65 @@ def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _page(
-    config: RunConfig,
-    metrics: dict[str, float],
-    tasks: dict[str, Any],
-    facts: list[tuple[str, str]],
-    note: str,
-    directory: Path,
-) -> str:
-    sections = []
-    for title, name, words in SECTIONS:
-        if (directory / name).is_file():
-            shown = escape(words.format(**metrics) if metrics else words)
-            sections.append(f'<section><h2>{title}</h2><p>{shown}</p><img src="{name}" alt="{title}"></section>')
-    rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in facts)
-    return PAGE.substitute(
-        name=escape(config.name),
-        cards=_cards(metrics, bool(tasks)) + (f"<p class=note>{escape(note)}</p>" if note else ""),
-        numbers=_numbers(metrics) + "".join(_task_numbers(name, one["metrics"]) for name, one in tasks.items()),
-        sections="".join(sections),
-        facts=rows,
-        yaml=escape(cli.to_yaml(config)),
+def evaluation_facts(history: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What evaluating has cost beside training."""
+    names = ("eval_seconds",)
+    costs = [value for record in history for name, value in record.items() if name.rpartition("/")[2] in names]
+    return [("Time in evaluation", f"{sum(costs):.0f} s, {len(costs)} evaluations")] if costs else []
+
+
+def _exhibit(data: dict[str, Any]) -> str:
+    """The sections that show the model at work, and their data for page.js."""
+    training = len(data["items"]) - data["shown"]
+    held_out = (
+        f"{data['searched']:,}"
+        if data["searched"] == data["total"]
+        else (f"{data['searched']:,} of the {data['total']:,}, at even distances,")
     )
+    sections = []
+    if data["queries"]:
+        pools = ""
+        if training:
+            pools = (
+                '<div class="pool" id="pool" role="group" aria-label="Images to search">'
+                '<button type="button" data-pool="held-out" aria-pressed="true">held-out images</button>'
+                f'<button type="button" data-pool="all" aria-pressed="false">and {training:,} training images</button>'
+                "</div>"
+            )
+        sections.append(SEARCH.substitute(queries=f"{len(data['queries']):,}", held_out=held_out, pools=pools))
+    if data["text_gallery"]:
+        sections.append(GALLERIES.substitute(total=f"{data['total']:,}"))
+    if data["map"]:
+        sections.append(MAP.substitute(share=f"{100 * data['map']['share']:.0f}"))
+    # In JSON only "<" could end the element early.
+    content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return f'{"".join(sections)}{DIALOG}<script type="application/json" id="data">{content}</script>'
+
+
+def _confusions(exhibit: Exhibit | None, tasks: dict[str, Any]) -> str:
+    """For each evaluation that names classes, which it takes for which."""
+    sections = []
+    for name, predictions in (exhibit.predictions if exhibit else {}).items():
+        metrics = tasks[name]["metrics"]
+        words = (
+            f"Each row: the images of a class, and how many percent of them were taken for each class, by what their "
+            f"names say alone. Right for {metrics['top1']:.1f}% of {metrics['n_images']:,.0f} images, chance "
+            f"{metrics['chance_top1']:.2g}%; as a mean over the classes {metrics['mean_per_class']:.1f}%."
+        )
+        table = confusion_table(predictions)
+        sections.append(f"<section><h2>Zero-shot: {escape(name)}</h2><p>{words}</p>{table}</section>")
+    return "".join(sections)
+
+
+def _plots(directory: Path) -> str:
+    sections = []
+    for title, name, words in PLOTS:
+        if (directory / name).is_file():
+            with Image.open(directory / name) as image:
+                wide = round(image.width / SHARPNESS)
+            plot = f'<div class="scroll"><img class="plot" style="--wide: {wide}px" src="{name}" alt="{title}"></div>'
+            sections.append(f"<section><h2>{title}</h2><p>{escape(words)}</p>{plot}</section>")
+    return "".join(sections)
 
 
 def _cards(metrics: dict[str, float], other: bool) -> str:
@@ -151,11 +193,8 @@ def _cards(metrics: dict[str, float], other: bool) -> str:
     if not metrics and other:
         return ""
     if not metrics:
-        return (
-            "<p class=note>The run has no held-out data, so nothing was evaluated. Keep some samples out of training, "
-            "make a manifest of them (python -m data_pipeline index) and give it as --data.val; or evaluate the run as "
-            "it is: python -m train.evaluate --run RUN --data MANIFEST.</p>"
-        )
+        by_hand = "or evaluate the run as it is: python -m train.evaluate --run RUN --data MANIFEST"
+        return f"<p class=note>{escape(NO_HELD_OUT)}; {by_hand}.</p>"
     cards = []
     for side, name in DIRECTIONS:
         for k in (1, 10):
@@ -188,41 +227,54 @@ def _task_numbers(name: str, metrics: dict[str, float]) -> str:
     return f"<section><h2>{escape(name)}</h2><table>{rows}</table></section>"
 
 
+SEARCH = Template(
+    """<section id="search"><h2>Ask the model</h2>
+<p>Type, and choose one of $queries prepared texts: captions, and classes and frequent words where there are some. The
+model finds the images nearest to it; it has not been trained on the held-out ones ($held_out here).</p>
+<div class="ask"><input id="query" type="text" role="combobox" aria-expanded="false" aria-controls="matches"
+aria-autocomplete="list" aria-label="Text to look for" placeholder="Type a word" autocomplete="off" spellcheck="false">
+<ul id="matches" role="listbox" hidden></ul></div>
+<div class="pills" id="examples"></div>
+$pools
+<p class="says" id="says" aria-live="polite"></p><div class="found" id="found"></div>
+<noscript><p class="note">Search, galleries and map need JavaScript; what is below does not.</p></noscript></section>
+"""
+)
+GALLERIES = Template(
+    """<section><h2>Text finds image</h2><p>Each row: a text that the model has never seen and the nearest of all $total
+held-out images. The right one has a green frame. The texts are at even distances in the data, good and bad alike.</p>
+<div id="texts"></div></section>
+<section><h2>Image finds text</h2><p>Each card: a held-out image and the nearest of all held-out texts. Right ones are
+green.</p><div class="cards2" id="images"></div></section>
+"""
+)
+MAP = Template(
+    """<section><h2>Both modalities on a map</h2><p>Each image, and its caption as a dot: the first two principal
+components of all their embeddings, which hold $share% of the variance, each stretched to fit. The mean of each modality
+is taken away first, so the gap between them is not shown. Point at one to see the line to its partner.</p>
+<div class="plane"><canvas id="plane" role="img" aria-label="Map of images and captions"></canvas>
+<div class="tip" id="tip" hidden></div></div>
+<div class="legend"><span><i style="background: rgb(var(--image))"></i>image</span>
+<span><i style="background: rgb(var(--text))"></i>caption</span></div></section>
+"""
+)
+DIALOG = """<dialog id="image"><div id="one"></div>
+<form method="dialog"><button class="close">Close</button></form></dialog>
+"""
 PAGE = Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$name - Duet</title>
 <style>
-:root { color-scheme: light; --ink: #1f2933; --muted: #697683; --line: #e4e7eb; --accent: #0b8457; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f3f5f7; color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1100px; margin: 0 auto; padding: 40px 20px 60px; }
-h1 { font-size: 34px; margin: 0; letter-spacing: -0.02em; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 0 0 4px; }
-p { color: var(--muted); margin: 4px 0 14px; max-width: 80ch; }
-section, .card { background: #fff; border: 1px solid var(--line); border-radius: 14px; }
-section { padding: 22px 24px; margin: 20px 0; }
-img { width: 100%; height: auto; display: block; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 16px; margin: 24px 0; }
-.card { padding: 16px 20px; }
-.label { color: var(--muted); font-size: 14px; }
-.big { font-size: 40px; font-weight: 700; line-height: 1.2; color: var(--accent); letter-spacing: -0.02em; }
-.big small { font-size: 20px; margin-left: 2px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); font-weight: 400; }
-td { font-weight: 600; overflow-wrap: anywhere; } th { color: var(--muted); }
-.numbers td, .numbers th + th { text-align: right; }
-.numbers td:nth-child(odd) { color: var(--muted); font-weight: 400; }
-.note { background: #fff7e6; border-radius: 10px; padding: 10px 14px; color: #7a4b00; }
-details { margin-top: 14px; } summary { cursor: pointer; color: var(--muted); }
-pre { background: #f7f9fb; padding: 14px; border-radius: 10px; overflow: auto; font-size: 13px; }
-</style></head><body><main>
+$style</style></head><body><main>
 <h1>$name</h1><p>Image-text training with Duet</p>
 $cards
-$sections
+$exhibit
+$confusions
+$plots
 $numbers
 <section><h2>The run</h2><table>$facts</table>
 <details><summary>Full configuration</summary><pre>$yaml</pre></details></section>
-</main></body></html>
+</main>$script</body></html>
 """
 )

@@ -57,7 +57,7 @@ def draw_plots(
 def loss_plot(history: History, chance_loss: float | None) -> Figure:
     """Every step, and a smooth line through them."""
     figure = Figure(figsize=(9, 4.2))
-    axes = _style(figure.subplots(), "Contrastive loss", "step")
+    axes = style(figure.subplots(), "Contrastive loss", "step")
     steps, losses = series(history, "loss")
     if len(steps):
         axes.plot(steps, losses, color=TEMPERATURE, alpha=0.25, linewidth=0.8)
@@ -79,11 +79,11 @@ def recall_plot(history: History, results: dict[str, float]) -> Figure:
     if len(steps) > 1:
         figure = Figure(figsize=(11, 4.2))
         over_time, final = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _recall_curves(_style(over_time, "Held-out recall during training (%)", "step"), history)
+        _recall_curves(style(over_time, "Held-out recall during training (%)", "step"), history)
     else:
         figure = Figure(figsize=(7, 4.2))
         final = figure.subplots()
-    _recall_bars(_style(final, "Held-out recall at the end (%)"), results)
+    _recall_bars(style(final, "Held-out recall at the end (%)"), results)
     return figure
 
 
@@ -118,7 +118,7 @@ def tasks_plot(history: History, tasks: Mapping[str, Sequence[str]]) -> Figure:
     figure = Figure(figsize=(5.5 * columns, 3.0 * rows))
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, metrics) in zip(grid, tasks.items(), strict=False):
-        _style(axes, name, "step")
+        style(axes, name, "step")
         for metric, color in zip(metrics, (IMAGE, TEXT, TEMPERATURE, NORM, MUTED, INK) * len(metrics), strict=False):
             axes.plot(*series(history, f"{name}/{metric}"), color=color, marker="o", markersize=3, label=metric)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -132,20 +132,20 @@ def training_plot(history: History) -> Figure:
     """Learning rates, temperature, norm of the gradient, throughput."""
     figure = Figure(figsize=(11, 5.6))
     (rates, temperature), (norm, speed) = figure.subplots(2, 2)
-    _style(rates, "Learning rate")
+    style(rates, "Learning rate")
     for tower, color in TOWERS:
         rates.plot(*series(history, f"lr/{tower}"), color=color, linewidth=1.8, label=f"{tower} tower")
     rates.legend(frameon=False, fontsize=9)
     rates.set_ylim(bottom=0)
-    _style(temperature, "Temperature").plot(*series(history, "temperature"), color=TEMPERATURE, linewidth=1.8)
+    style(temperature, "Temperature").plot(*series(history, "temperature"), color=TEMPERATURE, linewidth=1.8)
     steps, norms = series(history, "grad_norm")
-    _style(norm, "Norm of the gradient", "step")
+    style(norm, "Norm of the gradient", "step")
     if len(norms):
         norm.plot(steps, norms, color=NORM, alpha=0.3, linewidth=0.8)
         norm.plot(steps, smooth(norms), color=NORM, linewidth=1.8)
         norm.set_ylim(0, 1.15 * float(np.percentile(norms, 99.5)))
     steps, rate = series(history, "samples_per_second")
-    _style(speed, "Samples per second", "step")
+    style(speed, "Samples per second", "step")
     if len(rate):
         speed.plot(steps, rate, color=MUTED, linewidth=0.8)
         speed.set_ylim(0, 1.15 * float(np.percentile(rate, 99)))
@@ -162,7 +162,7 @@ def towers_plot(history: History) -> Figure:
         (top[2], "Effective rank", "effective_rank", "linear"),
         (bottom[0], "Uniformity (low: spread out)", "uniformity", "linear"),
     ):
-        _style(axes, title, "step" if axes is bottom[0] else "").set_yscale(scale)
+        style(axes, title, "step" if axes is bottom[0] else "").set_yscale(scale)
         if scale == "log":
             # Within a decade the ticks that have numbers are the minor ones.
             axes.tick_params(which="minor", colors=MUTED, length=0)
@@ -175,7 +175,7 @@ def towers_plot(history: History) -> Figure:
         (bottom[1], "Alignment (low: pairs are close)", "alignment"),
         (bottom[2], "Modality gap", "modality_gap"),
     ):
-        _style(axes, title, "step").plot(*series(history, name), color=TEMPERATURE, linewidth=1.8)
+        style(axes, title, "step").plot(*series(history, name), color=TEMPERATURE, linewidth=1.8)
         axes.set_ylim(bottom=0)
     return figure
 
@@ -196,7 +196,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[center + reach + 1] - total[center - reach]) / (2 * reach + 1)
 
 
-def _style(axes: Axes, title: str, xlabel: str = "") -> Axes:
+def style(axes: Axes, title: str, xlabel: str = "") -> Axes:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(xlabel, color=MUTED)
     axes.spines[["top", "right", "left"]].set_visible(False)
