@@ -17,7 +17,7 @@ from data_pipeline.embeddings.inputs import Input, TextInput, open_input
 from data_pipeline.samples.image import BadSample, decode_image
 from data_pipeline.samples.text import split
 from data_pipeline.storage.files import read_file, write_atomically
-from train.report.gallery import INK, LINE, MUTED, PANEL, PAPER
+from train.report.plots import INK, LINE, MUTED
 from train.use.find import Answer, Hit, is_image
 
 SIDE = 224
@@ -82,7 +82,7 @@ def _card(hit: Hit, pictures: Samples) -> str:
     )
 
 
-COLOURS = {"ink": INK, "muted": MUTED, "line": LINE, "panel": PANEL, "paper": PAPER}
+COLOURS = {"ink": INK, "muted": MUTED, "line": LINE, "panel": "#f7f9fb", "paper": "#ffffff"}
 PAGE = Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
