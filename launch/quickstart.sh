@@ -84,8 +84,8 @@ estimate() {
     local trial
     trial=$(mktemp -d)
     trap 'rm -rf "$trial"; exit 130' INT TERM
-    if train --name trial --runs_dir "$trial" --train.steps 8 --data.val '' --tracking.wandb disabled >"$trial/log" 2>&1
-    then
+    if train --name trial --runs_dir "$trial" --train.steps 8 --data.val '' --eval.tasks '[]' \
+        --tracking.wandb disabled >"$trial/log" 2>&1; then
         "$PYTHON" -m launch.estimate "$trial/trial" "${fields[@]}"
     fi
     rm -rf "$trial"
