@@ -16,7 +16,7 @@ import webdataset
 
 from data_pipeline.batch import EvalBatch, MicroBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.order import Mixture, Order, Position, sequential
+from data_pipeline.order import Mixture, Moved, Order, Position, sequential
 from data_pipeline.seeds import stream_seed
 from data_pipeline.stages.collate import Collate
 from data_pipeline.stages.decode import Decode, DecodeOrReplace, Extras, UserStage
@@ -36,7 +36,7 @@ NO_EXTRAS = Extras()
 
 def train_loader(
     config: DataConfig,
-    order: Order | Mixture,
+    order: Order | Mixture | Moved,
     manifests: Sequence[Manifest],
     tokenizer: Tokenizer,
     *,

@@ -10,7 +10,10 @@ change). An `offset` counts the samples of a lane in permuted order, a `place` t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -112,6 +115,14 @@ class Order:
             for row, (shard, index) in enumerate(zip(shards, indices, strict=True))
         ]
 
+    def step_after(self, steps: int, batch: int) -> int:
+        """The step that comes next after so many steps of another batch size in the same order.
+
+        Where they end inside of a batch of this order, its rest is left out.
+        """
+        epoch, inside = divmod(steps, self.samples // batch)
+        return epoch * self.steps_per_epoch + -(-inside * batch // self.batch)
+
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
             # Two, because a reader may switch between them where one epoch ends and the next begins.
@@ -194,6 +205,31 @@ class Mixture:
             own = [row for of, row in wanted if of == source]
             streams.append(iter(order.rows(step, own[0], own[-1] + 1) if own else ()))
         return [next(streams[source]) for source, _ in wanted]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An order of which step s is step s + `by` of another one: that of a run which began elsewhere in it."""
+
+    order: Order | Mixture
+    by: int
+
+    @property
+    def batch(self) -> int:
+        return self.order.batch
+
+    def rows(self, step: int, start: int, stop: int) -> list[Position]:
+        """Rows [start, stop) of the batch of `step`."""
+        return self.order.rows(step + self.by, start, stop)
+
+
+def order_identity(
+    manifests: Sequence[Manifest], weights: Sequence[float], lanes: int, seed: int, shuffle_shards: int
+) -> str:
+    """Equal where samples come in the same order, whatever is in them and into what batches they are cut."""
+    sizes = [[shard.nsamples for shard in manifest.shards] for manifest in manifests]
+    shares = [weight / sum(weights) for weight in weights]
+    return hashlib.sha256(json.dumps([sizes, shares, lanes, seed, shuffle_shards]).encode()).hexdigest()
 
 
 def build_order(

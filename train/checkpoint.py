@@ -40,6 +40,7 @@ from train import cli, distributed
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
 from train.model.text_files import TEXT, TOKENIZER, another_text, with_own_text
+from train.run.directory import onward
 
 T = TypeVar("T")
 FORMATS = (1, 2)
@@ -56,8 +57,10 @@ class TrainState:
 
     step: int = 0
     """Steps done; the next one is `step`."""
+    first_step: int = 0
+    """Step at which the run began: 0, or its parent's (train/parent.py)."""
     samples_seen: int = 0
-    """Rows of all global batches so far."""
+    """Rows of all global batches so far, those of the run that it started from included."""
     updates: int = 0
     """Updates that the optimizer made: steps less the skipped ones."""
     skipped: int = 0
@@ -70,6 +73,10 @@ class TrainState:
     """Time spent in training steps, over all sessions."""
     data_hash: str = ""
     """Hash of the training data: manifests and weights."""
+    order: str = ""
+    """Identity of the order of samples, whatever is in them; empty for a stream, and in older checkpoints."""
+    moved_by: int = 0
+    """The run's step s is step s + moved_by of that order."""
     mean: list[float] = field(default_factory=list)
     """Channel means that images are normalized with, 0 to 1."""
     std: list[float] = field(default_factory=list)
@@ -283,7 +290,8 @@ def check_text(path: Path, config: RunConfig) -> None:
         except ValueError as error:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
-        raise ValueError(f"{problem}\nGive the one of before, or choose another `name`.")
+        further = onward(path.parent.parent, other_towers=True)
+        raise ValueError(f"{problem}\nGive the one of before, or choose another `name`{further}.")
 
 
 def _root(run_dir: Path) -> Path:

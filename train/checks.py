@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.min_lr": (_0_to_1, "a share of the peak, from 0 to 1"),
     "optim.weight_decay": (_at_least(0), "0 or more"),
     "optim.warmup_steps": (_at_least(0), "steps, 0 is none"),
+    "optim.cooldown_steps": (_at_least(0), "steps, 0 is none"),
     "optim.clip_grad": (_at_least(0), "the largest norm, 0 is off"),
     "optim.ema": (_share, "a decay below 1, 0 is off"),
     "tracking.log_every": (_at_least(1), "at least 1"),
@@ -100,6 +101,8 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_data(config)
     check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
     check_temperature(config)
+    check_schedule(config)
+    check_parent(config)
     terms.check(config.model)
     check_tasks(config)
     check_best(config)
@@ -128,6 +131,27 @@ def check_temperature(config: RunConfig) -> None:
         )
 
 
+def check_schedule(config: RunConfig) -> None:
+    """Raises ValueError where the learning rate has a cooldown that its schedule does not read."""
+    if config.optim.cooldown_steps and config.optim.schedule != "constant":
+        raise ValueError(
+            f"optim.cooldown_steps {config.optim.cooldown_steps} is for optim.schedule constant: set that, or leave it "
+            f"out, since optim.schedule {config.optim.schedule} falls by itself"
+        )
+
+
+def check_parent(config: RunConfig) -> None:
+    """Raises ValueError where `parent` names no run, or no step; whether they are there is seen at the start."""
+    parent = config.parent
+    if not parent.run and parent.step:
+        raise ValueError(
+            f"parent.step {parent.step} is a checkpoint of parent.run, which is not given; for how many steps to "
+            "train, give train.steps"
+        )
+    if parent.step and parent.step != "best" and not parent.step.isdecimal():
+        raise ValueError(f"parent.step {parent.step}: give a number of steps, best, or leave it out for the newest")
+
+
 def hints(config: RunConfig, steps: int) -> list[str]:
     """What a run of so many steps should know of a configuration that is right, but may not be what was meant."""
     train, warmup = config.train, config.optim.warmup_steps
@@ -136,6 +160,12 @@ def hints(config: RunConfig, steps: int) -> list[str]:
         found.append(
             f"optim.warmup_steps {warmup} is more than the {steps} steps of the run: the learning rate ends at "
             f"{steps / warmup:.0%} of its peak"
+        )
+    cooldown = config.optim.cooldown_steps
+    if cooldown and cooldown > steps - warmup:
+        found.append(
+            f"optim.cooldown_steps {cooldown} and optim.warmup_steps {warmup} are more than the "
+            f"{steps} steps of the run: the learning rate does not reach its peak"
         )
     if train.steps and train.epochs != TrainConfig.epochs:
         found.append(f"train.epochs {train.epochs:g} is not used, since train.steps {train.steps} is given")

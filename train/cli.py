@@ -23,8 +23,12 @@ from train.config import RunConfig
 
 EPILOG = (
     "precedence: fields on the command line override --config, wherever it is, which overrides the defaults; "
-    "of several --config a later one overrides the one before"
+    "of several --config a later one overrides the one before. --from RUN and --from-weights RUN start from another "
+    "run, whose fields are then the defaults (--step S: from its checkpoint of step S, or best)"
 )
+SHORT = {"--from": ["--parent.run"], "--from-weights": ["--parent.take", "weights", "--parent.run"]}
+SHORT |= {"--step": ["--parent.step"]}
+"""Options that stand for fields of `parent`."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -53,9 +57,8 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     """
     parser = make_parser()
     try:
-        config = _expanded(
-            _instantiate(parser, parser.parse_args(_files_first(sys.argv[1:] if argv is None else argv)))
-        )
+        given = _files_first(_in_full(sys.argv[1:] if argv is None else argv))
+        config = _expanded(_instantiate(parser, parser.parse_args([*_of_parent(parser, given), *given])))
     except SystemExit:  # --help and --print_config end here
         raise
     except Exception as error:
@@ -75,6 +78,43 @@ def _files_first(argv: Sequence[str]) -> list[str]:
         else:
             (files if argument.startswith("--config=") else rest).append(argument)
     return files + rest
+
+
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """The arguments with fields for the options of SHORT."""
+    full: list[str] = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        full += SHORT.get(name, [name])
+        full[-1] += equals + value
+    return full
+
+
+def _of_parent(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Arguments for the fields of the run that the command line starts from, which come before all others.
+
+    Where that run is gone, they are those of the run that has started from it.
+
+    Raises:
+        ValueError: it is no run.
+    """
+    named = [value for name, value in zip(_split(argv), _split(argv)[1:], strict=False) if name == "--parent.run"]
+    if not named or not named[-1]:
+        return []
+    path = Path(named[-1]).expanduser() / "config.yaml"
+    if not path.is_file():
+        config = _instantiate(parser, parser.parse_args(list(argv)))
+        beside = [Path(config.runs_dir), path.parent.parent]  # where its runs_dir may have been taken from its parent
+        children = [one / config.name / "config.yaml" for one in beside]
+        path = next((one for one in children if one.is_file() and load(one).parent.run), path)
+    if not path.is_file():
+        raise ValueError(f"parent.run {named[-1]}: there is no run in it ({path} is not there)")
+    return ["--config", str(path), "--parent.step", "", "--parent.take", "all"]
+
+
+def _split(argv: Sequence[str]) -> list[str]:
+    """The arguments with --name=value as two."""
+    return [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
 
 
 def _expanded(value: Any) -> Any:
@@ -127,6 +167,9 @@ def with_flags(message: str, options: Iterable[str] = ()) -> str:
     flags |= {name: f"--{name}" for name in [*options, *(name for name in names if "." not in name)]}
     fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "." in name)
     message = re.sub(rf"`?(?<![\w./-])({fields})(?![\w/]|\.\w)`?", r"--\1", message)
+    message = message.replace("--parent.take weights, --parent.run", "--from-weights")
+    for short, full in SHORT.items():
+        message = re.sub(rf"{re.escape(' '.join(full[:2]))}(?!\w)", short, message)
     message = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), message)
     return re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), message)
 

@@ -173,8 +173,10 @@ class OptimConfig:
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up."""
+    cooldown_steps: int = 0
+    """The last steps of a constant rate, over which it falls to min_lr (1 - sqrt, arXiv 2405.18392); 0 is none."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine or the cooldown, as a share of the peak."""
     clip_grad: float = 1.0
     """Largest global norm of the gradient; 0 is off."""
     ema: float = 0.0
@@ -285,13 +287,27 @@ class TrackingConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = machine("auto")
     """auto: online where an API key is configured, else offline."""
     project: str = machine("duet")
-    """W&B project."""
+    """W&B project; WANDB_PROJECT wins over the default, as WANDB_NAME, WANDB_RUN_ID and WANDB_DIR do."""
     entity: str = machine("")
     """W&B team or user; empty: the default one of the key."""
     log_every: int = machine(10)
     """Steps between lines on the screen and points sent to W&B; metrics.jsonl has every step."""
     diagnostics_every: int = machine(10)
     """Steps between measurements of each tower's gradient, update and embeddings; 0: none."""
+
+
+@dataclass
+class ParentConfig:
+    """The run that this one starts from (train/parent.py): `--from RUN` or `--from-weights RUN`."""
+
+    run: str = ""
+    """Run directory, or one of its checkpoints, to start from; empty: none. --from RUN is short for it and takes every
+    field that the command line and --config leave out from that run; --from-weights RUN also sets parent.take."""
+    step: str = ""
+    """Which of its checkpoints, as a number of steps, or best; empty: the newest. --step is short for it."""
+    take: Literal["all", "weights"] = "all"
+    """all: weights, optimizer state, moving average, step, and position in the data; weights: the weights alone (their
+    moving average, where there is one), at step 0."""
 
 
 @dataclass
@@ -305,6 +321,7 @@ class RunConfig:
     init: str = ""
     """A trained pair to start from, towers, projections and temperature: open_clip:MODEL or hf:MODEL (a directory or a
     name on the hub), or duet:RUN (a run, a checkpoint, or an export); empty: what both towers say themselves."""
+    parent: ParentConfig = field(default_factory=ParentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

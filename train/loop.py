@@ -34,9 +34,11 @@ from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import build_model
 from train.model.text_files import text_files, tokenizer_name, with_own_text
+from train.parent import Parent, settled
 from train.report import exhibit
 from train.report.page import write_report
-from train.run.directory import open_run, read_results, record_config, write_results
+from train.run.directory import onward, open_run, read_results, record_config, write_results
+from train.run.lineage import write_record
 from train.run.records import read_history
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
@@ -76,9 +78,11 @@ def run(config: RunConfig) -> int:
     check(config)
     stop = StopRequest()
     accelerator = start()
+    config = settled(config)
     with open_run(config) as directory:
         if results := distributed.broadcast_object(read_results(directory)):
-            announce(directory, results, "is finished already; choose another name to train again")
+            longer = f"to train on from its end, give another --name, --from {directory} and more --train.steps"
+            announce(directory, results, f"is finished already; {longer}")
             return 0
         check(config, distributed.world_size())
         return train(build(config, accelerator, directory, stop))
@@ -150,17 +154,18 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
     if bad:
         run.tracker.ledger([record for records in distributed.gather_objects(own) for record in records])
     # Ten, because one bad sample in the first batch would already be a large share of the samples seen.
-    if state.bad_samples > max(10, config.data.max_bad_fraction * state.samples_seen):
+    seen = (state.step - state.first_step) * config.train.global_batch
+    if state.bad_samples > max(10, config.data.max_bad_fraction * seen):
         raise ValueError(
-            f"data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {state.samples_seen} "
-            f"samples were bad; {run.directory / 'ledger.jsonl'} lists them with their causes. Raise it to resume, or "
-            "mend them and train under another `name`"
+            f"data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {seen} samples were bad; "
+            f"{run.directory / 'ledger.jsonl'} lists them with their causes. Raise it to resume, or mend them and "
+            f"train under another `name`{onward(run.directory)}"
         )
     if state.skipped_in_row > config.train.max_skipped:
         raise ValueError(
             f"train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
-            "steps. Resume in fp32 or with a larger train.max_skipped, or train under another `name` with a lower "
-            "optim.lr or more optim.warmup_steps"
+            "steps. Resume in fp32 or with a larger train.max_skipped, or train with a lower optim.lr under another "
+            f"`name`{onward(run.directory)}"
         )
     stopping = (run.stop.name or "a signal to another rank") if stops else ""
     return stopping, f"{digest % 2**64:016x}"
@@ -204,46 +209,55 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
 
 
 def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) -> Run:
-    """All parts of a run, resumed from its newest undamaged checkpoint where there is one."""
+    """All parts of a run: resumed from its newest undamaged checkpoint, else started from its parent, else fresh."""
     feed, suite = Feed(config), Suite(config)
-    state = TrainState(data_hash=feed.identity, mean=list(feed.mean), std=list(feed.std))
+    state = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
 
     found, source = checkpoint.newest(directory), config
+    parent = Parent(config, directory) if config.parent.run and found is None else None
     if found is not None:
         checkpoint.check_text(found, config)
         source = with_own_text(config, found)
-    origin = open_origin(config) if config.init and found is None else None
+    origin = open_origin(config) if config.init and found is None and parent is None else None
     torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
-    model = build_model(source, feed.mean, feed.std, pretrained=found is None and origin is None)
-    lines = fill(model, origin, config) if origin is not None else []
+    lines: list[str] = []
+    if parent is not None:
+        model = parent.model(feed)
+        state, source = parent.begin(state, feed), parent.source
+    else:
+        model = build_model(source, feed.mean, feed.std, pretrained=found is None and origin is None)
     if origin is not None:
-        state.init = origin.sha256
+        lines, state.init = fill(model, origin, config), origin.sha256
     if found is not None:
         state = checkpoint.load_state(found)
         if state.data_hash != feed.identity:
             raise ValueError(
                 f"data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
-                "Give the data that it was trained on, or choose another `name`"
+                f"Give the data that it was trained on, or choose another `name`{onward(directory)}"
             )
         checkpoint.load_weights(found, model)
     engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, config.optim.ema)
     if found is not None:
         restore(found, engine, average, state)
+    if parent is not None:
+        parent.restore(engine, average)
 
     state.precision, state.code = engine.precision, code_version()
     tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
     tokenizer.fills |= model.text.reads_padding
     files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
-    batches = feed.batches(tokenizer, state.step)
+    batches = feed.batches(tokenizer, state.step, state.moved_by)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
+    if found is None and distributed.is_main():
+        write_record(directory, parent.record() if parent else {})
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     record_config(directory, config)
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"resumes from {found}")
-    for line in [*lines, *hints(config, feed.steps)]:
+    for line in [*(parent.lines if parent else lines), *hints(config, feed.steps)]:
         tracker.message(line)
     if found is None and distributed.is_main():
         try:

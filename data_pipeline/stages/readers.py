@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from data_pipeline.config import DataConfig
-from data_pipeline.order import Mixture, Order
+from data_pipeline.order import Mixture, Moved, Order
 from data_pipeline.samples.text import CAPTIONS
 from data_pipeline.seeds import sample_seed
 from data_pipeline.stages.slots import NAME, SLOT, Share, Slot, shard_names
@@ -74,7 +74,7 @@ class Readers:
 class IndexedSource:
     """First stage: the raw samples of this loader process's micro-batches, in the exact order."""
 
-    def __init__(self, readers: Readers, order: Order | Mixture, share: Share, seed: int):
+    def __init__(self, readers: Readers, order: Order | Mixture | Moved, share: Share, seed: int):
         self.readers, self.order, self.share, self.seed = readers, order, share, seed
 
     def __call__(self) -> Iterator[dict]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from train import checkpoint, checks, cli
 from train.config import RunConfig
-from train.run.directory import conflict_with, has_started, read_results
+from train.parent import settled
+from train.run.directory import conflict_with, has_started, onward, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "launch/slurm/train.sbatch"
@@ -163,12 +164,17 @@ def describe_run(config: RunConfig) -> str:
         ValueError: it is finished, or holds a run with another configuration.
     """
     directory = Path(config.runs_dir) / config.name
+    config = settled(config)
     if not has_started(directory):
-        return f"new run in {directory}"
+        parent = config.parent
+        return f"new run in {directory}{f' from step {parent.step} of {parent.run}' if parent.run else ''}"
     if conflict := conflict_with(directory, config):
         raise ValueError(conflict)
     if read_results(directory):
-        raise ValueError(f"--name {config.name}: the run in {directory} is finished; choose another to train again")
+        raise ValueError(
+            f"name {config.name}: the run in {directory} is finished; choose another `name` to train again"
+            f"{onward(directory)}"
+        )
     if (found := checkpoint.newest(directory)) is not None:
         checkpoint.check_text(found, config)
     return f"resumes in {directory} from {found.name}" if found else f"starts again in {directory}: no checkpoint there"

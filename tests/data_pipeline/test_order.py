@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Mixture, Order, Position, build_order, permutation, sequential
+from data_pipeline.order import Mixture, Moved, Order, Position, build_order, order_identity, permutation, sequential
 from data_pipeline.storage.manifest import Manifest, Shard
 
 
@@ -196,6 +196,34 @@ def test_an_epoch_of_400_million_samples_opens_at_once_and_seeks_in_milliseconds
     assert opened - begin < 0.5
     # Typically 5 ms; the best of three, because the machine may be busy.
     assert min(seeks) < 0.1
+
+
+@given(orders(), st.integers(1, 4), st.integers(0, 9))
+def test_another_batch_size_takes_over_at_the_next_sample(order, rows, steps):
+    batch = rows * order.lanes
+    if order.samples < batch:
+        return
+    options = {"lanes": order.lanes, "seed": order.seed, "shuffle_shards": order.shuffle_shards}
+    before = Order(order.shard_sizes, batch=batch, **options)
+    seen = {row[1:2] + row[3:] for step in range(steps) for row in before.rows(step, 0, batch)}
+    moved = Moved(order, order.step_after(steps, batch) - steps)
+    first = moved.rows(steps, 0, order.batch)
+    assert moved.batch == order.batch and not seen & {row[1:2] + row[3:] for row in first}, "none is seen twice"
+    epoch, inside = divmod(steps, before.steps_per_epoch)
+    skipped = first[0].epoch * order.samples + first[0].position - (epoch * order.samples + inside * batch)
+    at_an_end = inside * batch > order.steps_per_epoch * order.batch - order.batch
+    assert 0 <= skipped < order.batch or (at_an_end and skipped < order.batch + order.remainder)
+
+
+def test_the_identity_of_an_order_is_all_but_the_batch_and_what_is_in_the_shards():
+    def identity(*manifests, weights=(1.0,), lanes=2, seed=0, shuffle_shards=1):
+        return order_identity(manifests, weights, lanes, seed, shuffle_shards)
+
+    other = [manifest(9, 9), manifest(9, 8)]
+    assert identity(manifest(9, 9)) == identity(manifest(9, 9), weights=(2.0,))
+    changed = [identity(other[1]), identity(manifest(9, 9), lanes=1), identity(manifest(9, 9), seed=1)]
+    changed += [identity(manifest(9, 9), shuffle_shards=2), identity(*other, weights=(1, 2)), identity(manifest(18))]
+    assert len({identity(manifest(9, 9)), *changed}) == 7
 
 
 def manifest(*sizes):

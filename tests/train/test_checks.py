@@ -36,6 +36,7 @@ def described() -> RunConfig:
         ("model.multiscale", "weight", math.inf),
         ("optim", "beta2", 1.0),
         ("optim", "eps", 0.0),
+        ("optim", "cooldown_steps", -1),
         ("optim", "lr", math.inf),
         ("optim", "min_lr", -1.0),
         ("train", "seed", 2**63),
@@ -82,6 +83,13 @@ def change(config: RunConfig, **values: object) -> None:
         ({"train__global_batch": 384}, 2, "global_batch 384 is not divisible by 2 processes x micro_batch 128: .* 256"),
         ({"model__temperature": 0.001}, None, "model.temperature 0.001: the run keeps it from 0.01"),
         ({"model__temperature": 2.0}, None, "model.temperature 2.0: .* to 1"),
+        ({"optim__cooldown_steps": 5}, None, "optim.cooldown_steps 5 is for optim.schedule constant: set that"),
+        (
+            {"parent__step": "5"},
+            None,
+            "parent.step 5 is a checkpoint of parent.run, which is not given; .* train.steps",
+        ),
+        ({"parent__run": "x", "parent__step": "last"}, None, "parent.step last: give a number of steps, best, or"),
         ({"model__multiscale__fuse": True}, None, "model.multiscale.fuse needs"),
         ({"model__self_supervision__image": -1.0}, None, "model.self_supervision.image"),
         ({"model__image__norm": "sync_batch"}, 4, "train.resident 1: .* all 2 micro-batches .* set train.resident 2"),
@@ -118,6 +126,10 @@ def test_what_a_run_cannot_have_meant_is_said():
     ]
     config.train.steps, config.train.epochs, config.optim.warmup_steps = 250, 3.0, 0
     assert hints(config, 250) == ["train.epochs 3 is not used, since train.steps 250 is given"]
+    config.train.epochs, config.optim.warmup_steps, config.optim.cooldown_steps = 1.0, 200, 60
+    assert "optim.cooldown_steps 60 and optim.warmup_steps 200 are more than the 250 steps" in hints(config, 250)[0]
+    config.optim.cooldown_steps = 50
+    assert hints(config, 250) == []
     config.data.val = ""
     assert hints(config, 250)[-1].endswith(
         "make a manifest of them (python -m data_pipeline pack, or index) and give it as --data.val"

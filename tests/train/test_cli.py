@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.config import Source
 from train import cli
-from train.config import RunConfig
+from train.config import ParentConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
@@ -113,6 +113,11 @@ def test_a_file_that_cannot_be_meant_is_refused_by_name(content: str, message: s
         ("fit f needs `data`; data is short", "--fit f needs --data; data is short"),
         ("name a: choose a class name, or another `name`", "--name a: choose a class name, or another --name"),
         ("runs_dir, `name`: not there", "--runs_dir, --name: not there"),
+        ("parent.run a: give parent.step, or parent.take weights", "--from a: give --step, or --from-weights"),
+        (
+            "choose another `name`, under which parent.take weights, parent.run a",
+            "choose another --name, under which --from-weights a",
+        ),
     ],
 )
 def test_a_librarys_message_gets_the_flags_of_the_command(message: str, shown: str) -> None:
@@ -139,3 +144,24 @@ def test_every_field_is_described_in_the_help() -> None:
     for name in cli.flatten(RunConfig()):
         (described,) = re.findall(rf"^  --{re.escape(name)}[ ,](.*\n(?: {{10,}}.*\n)*)", text, flags=re.MULTILINE)
         assert len(described.partition("(type:")[0].split()) > 2, f"--{name} is not described"
+
+
+def test_the_run_that_is_started_from_gives_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    before = RunConfig(name="old", runs_dir=str(tmp_path), parent=ParentConfig("older", "4", "weights"))
+    before.optim.lr, before.optim.beta1, before.train.seed = 0.5, 0.7, 3
+    (tmp_path / "old" / "config.yaml").write_text(cli.to_yaml(before))
+    (tmp_path / "new.yaml").write_text("optim: {beta1: 0.8}\n")
+    old = str(tmp_path / "old")
+    for line in (
+        ["--from", old, "--optim.lr", "1"],
+        ["--optim.lr", "1", f"--from={old}"],
+        ["--parent.run", old, "--optim.lr=1"],
+    ):
+        config = cli.parse([*line, "--name", "new", "--config", str(tmp_path / "new.yaml")])
+        assert (config.optim.lr, config.optim.beta1, config.train.seed, config.name) == (1.0, 0.8, 3, "new")
+        assert config.parent == ParentConfig(old)
+    assert cli.parse(["--from-weights", old, "--step", "best"]).parent == ParentConfig(old, "best", "weights")
+    assert cli.parse(["--step=7", "--from", old]).parent == ParentConfig(old, "7")
+    with pytest.raises(ValueError, match=r"parent\.run .*older: there is no run in it"):
+        cli.parse(["--from", f"{old}er", "--name", "new"])

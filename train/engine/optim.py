@@ -16,7 +16,7 @@ def lr_at(step: int, total: int, config: OptimConfig, unlocked_at: int = 0) -> f
     """Learning rate of a step as a share of the peak, in [0, 1].
 
     Linear warm-up to the peak over `warmup_steps`, then a half cosine down to `min_lr` at `total` (arXiv 1608.03983),
-    or constant.
+    or constant until the last `cooldown_steps`, in which it falls to `min_lr` as 1 - sqrt (arXiv 2405.18392).
 
     Args:
         step: from 0.
@@ -30,6 +30,9 @@ def lr_at(step: int, total: int, config: OptimConfig, unlocked_at: int = 0) -> f
     if config.schedule == "cosine" and step >= config.warmup_steps:
         progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
         share = config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    elif config.schedule == "constant" and step > total - config.cooldown_steps:
+        progress = min(1.0, (step - total + config.cooldown_steps) / config.cooldown_steps)
+        share = config.min_lr + (1 - config.min_lr) * (1 - math.sqrt(progress))
     return share * min(1.0, (step - unlocked_at + 1) / max(1, config.warmup_steps))
 
 

@@ -1,6 +1,6 @@
 """The run directory: who may resume the run in it, and whether it is finished.
 
-runs/<name>/  config.yaml  metrics.jsonl  ledger.jsonl  results.json  checkpoints/  report/  wandb/
+runs/<name>/  config.yaml  parent.json  metrics.jsonl  ledger.jsonl  results.json  checkpoints/  report/  wandb/
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from pathlib import Path
 from data_pipeline.storage.files import take_lock, write_atomically
 from train import cli, distributed
 from train.config import RunConfig
+from train.run.lineage import as_recorded, first_step
 from train.run.records import METRICS, RESULTS, read_records
 
 CONFIG = "config.yaml"
 # Fields that may be spelled in another way: what they name is compared with what the checkpoint holds.
 BY_CONTENT = ("model.text.name:", "model.text.tokenizer:")
+# Fields with which a tower may have other parameters.
+OF_TOWERS = ("model.image.name", "data.image_size")
 LOCK = ".lock"
 LOCK_SECONDS = 10
 """How long a run waits for another process, which may be about to end, to leave its directory."""
@@ -71,14 +74,30 @@ def record_config(run_dir: Path, config: RunConfig) -> None:
 def _claim(run_dir: Path, config: RunConfig) -> str | None:
     """Why this configuration may not use the directory; None where it may."""
     if conflict := conflict_with(run_dir, config):
-        return f"{conflict}\nChoose another `name`, or set these fields back to resume that run."
+        further = onward(run_dir, other_towers=any(f"\n  {field}: " in conflict for field in OF_TOWERS))
+        return f"{conflict}\nSet these fields back to resume that run, or choose another `name`{further}."
     return _lost_checkpoints(run_dir, config)
+
+
+def onward(run_dir: Path, other_towers: bool = False) -> str:
+    """How to start from what a run has learned, for the end of a message; empty where it has saved nothing.
+
+    other_towers: whether its optimizer state may not fit.
+    """
+    if not any(run_dir.glob("checkpoints/step_*")):
+        return ""
+    if other_towers:
+        return f", under which parent.take weights, parent.run {run_dir} starts from those towers of that run that fit"
+    return f", under which parent.run {run_dir} starts from where that run has come"
 
 
 def conflict_with(run_dir: Path, config: RunConfig) -> str:
     """How the run that has started there differs from this one; empty where there is none, or it is the same."""
     path = run_dir / CONFIG
-    changed = cli.differences(cli.load(path), config) if path.is_file() and has_started(run_dir) else []
+    if not path.is_file() or not has_started(run_dir):
+        return ""
+    before = cli.load(path)
+    changed = cli.differences(before, as_recorded(config, before))
     lines = "\n  ".join(line for line in changed if not line.startswith(BY_CONTENT))
     return f"name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if lines else ""
 
@@ -89,9 +108,11 @@ def _lost_checkpoints(run_dir: Path, config: RunConfig) -> str | None:
     if read_results(run_dir) or any(checkpoints.glob("step_*")) or not path.is_file():
         return None
     step = max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
-    every = cli.load(path).checkpoint.every
+    before = cli.load(path)
+    every = before.checkpoint.every
     # A step is logged before it is saved, so that the one after it shows that there was a checkpoint.
-    if not ((checkpoints / "latest").is_file() or step > every > 0):
+    is_past = every > 0 and step > (first_step(run_dir, before) // every + 1) * every
+    if not ((checkpoints / "latest").is_file() or is_past):
         return None
     return (
         f"name {config.name}: {run_dir / METRICS} has {step} steps, but there is no checkpoint in {checkpoints}. Put "

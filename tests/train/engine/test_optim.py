@@ -42,6 +42,7 @@ schedules = st.builds(
     OptimConfig,
     warmup_steps=st.integers(0, 50),
     schedule=st.sampled_from(["cosine", "constant"]),
+    cooldown_steps=st.integers(0, 60),
     min_lr=st.floats(0, 1),
 )
 
@@ -51,21 +52,23 @@ def test_lr_stays_between_zero_and_the_peak(step, total, config, unlocked_at):
     share = lr_at(step, total, config, unlocked_at)
     assert 0 <= share <= 1
     locked = unlocked_at < 0 or step < unlocked_at
-    assert (share == 0) == locked or (config.schedule == "cosine" and config.min_lr < 1e-6)
+    falls = config.schedule == "cosine" or config.cooldown_steps
+    assert (share == 0) == locked or (falls and config.min_lr < 1e-6)
 
 
 @given(total=st.integers(2, 200), config=schedules)
 def test_lr_rises_to_the_peak_and_then_never_rises(total, config):
+    config.cooldown_steps = min(config.cooldown_steps, max(0, total - config.warmup_steps))
     shares = [lr_at(step, total, config) for step in range(total + 1)]
-    warmup = config.warmup_steps
+    warmup, falls = config.warmup_steps, config.schedule == "cosine" or config.cooldown_steps > 0
     for step, share in enumerate(shares[:warmup]):
         assert share == pytest.approx((step + 1) / warmup)
     after = shares[warmup:]
     assert all(later <= earlier for earlier, later in itertools.pairwise(after))
-    assert all(share == 1 for share in after) or config.schedule == "cosine"
+    assert all(share == 1 for share in after) or falls
     if warmup < total:
         assert after[0] == 1
-        assert shares[total] == pytest.approx(config.min_lr if config.schedule == "cosine" else 1)
+        assert shares[total] == pytest.approx(config.min_lr if falls else 1)
 
 
 def test_lr_is_a_half_cosine():
@@ -73,6 +76,14 @@ def test_lr_is_a_half_cosine():
     assert lr_at(60, 110, config) == pytest.approx(0.55)
     assert lr_at(35, 110, config) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert lr_at(1000, 110, config) == pytest.approx(0.1)
+
+
+def test_a_constant_lr_cools_down_in_the_last_steps():
+    config = OptimConfig(schedule="constant", cooldown_steps=100, min_lr=0.1, warmup_steps=10)
+    assert [lr_at(step, 500, config) for step in (10, 399, 400)] == [1, 1, 1]
+    assert lr_at(425, 500, config) == pytest.approx(0.1 + 0.9 * (1 - 0.5))
+    assert lr_at(499, 500, config) == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.99)))
+    assert lr_at(425, 1000, config) == 1, "the end of the run says when"
 
 
 def test_lr_of_a_tower_that_unlocks_warms_up_again_under_the_schedule():
