@@ -31,7 +31,7 @@ from train.config import RunConfig
 from train.evaluation.suite import Suite
 from train.model.image import ImageTower
 from train.model.text import TextTower
-from train.run.wandb import why_offline
+from train.run.wandb import wanted_mode, why_offline
 
 GPU_RATE = 450
 """Pairs per second that one data-centre GPU takes (ResNet-50, 224 px, bf16), which its loader has to deliver."""
@@ -173,8 +173,8 @@ def _cache_room(manifests: Sequence[Manifest], config: RunConfig) -> list[Findin
 
 def wandb(config: RunConfig) -> list[Finding]:
     """Whether the run will be online: a key where W&B looks for one, and a server that answers."""
-    mode = os.environ.get("WANDB_MODE", "auto") if config.tracking.wandb == "auto" else config.tracking.wandb
-    if mode in ("offline", "dryrun", "disabled"):
+    mode = wanted_mode(config)
+    if mode in ("offline", "disabled"):
         return [ok("W&B", f"{mode}, as asked")]
     # Its own client says which server it is for: it depends on its version, its settings files and the environment.
     asked = subprocess.run([sys.executable, "-m", "wandb", "status"], capture_output=True, text=True)

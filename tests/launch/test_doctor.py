@@ -201,7 +201,7 @@ def test_the_key_that_wandb_login_writes_is_found(tmp_path, monkeypatch):
         (found,) = inputs.wandb(RunConfig())
     assert found.status == "ok" and server.url in found.measured
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    assert inputs.wandb(RunConfig())[0].measured == "dryrun, as asked"
+    assert inputs.wandb(RunConfig())[0].measured == "offline, as asked"
 
 
 def test_what_one_rank_alone_finds_names_its_host():

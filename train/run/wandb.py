@@ -1,4 +1,8 @@
-"""Weights & Biases. Nothing that happens to it stops a run: it is said once, and training continues without it."""
+"""Weights & Biases. Nothing that happens to it stops a run: it is said once, and training continues without it.
+
+Its own variables win over defaults: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID (of a run that is not resumed), WANDB_DIR,
+WANDB_MODE, as an agent of a sweep sets them, and those that Duet has no field for.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,8 @@ from urllib.parse import urlsplit
 
 from data_pipeline.storage.files import write_atomically
 from data_pipeline.storage.redaction import redact
-from train.config import RunConfig
+from train.config import RunConfig, TrackingConfig
+from train.run.lineage import read_record
 
 RUN_ID = "wandb_run_id"
 REACH_SECONDS = 4
@@ -25,7 +30,8 @@ FINISH_SECONDS = 60
 
 
 class WandbRun:
-    """The W&B run of a run directory. Its id is kept there, so that a resumed run continues it.
+    """The W&B run of a run directory. Its id is kept there, so that a resumed run continues it; a run that started from
+    another one has a W&B run of its own, whose config has the parent's id.
 
     Points carry a `step` of our own, the x axis of every chart. After a resume, those that an earlier session has sent
     are not sent again, so that no line runs backwards.
@@ -41,23 +47,21 @@ class WandbRun:
         self.run_dir, self.say = run_dir, say
         self.run: Any = None
         self._sent = {"train": -1, "eval": -1}
-        mode: str = config.tracking.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "auto").replace("dryrun", "offline")
+        mode = wanted_mode(config)
         if mode == "disabled":
             return
         id_file = run_dir / RUN_ID
-        resumed = id_file.is_file()
-        run_id = id_file.read_text().strip() if resumed else os.urandom(4).hex()
+        kept = id_file.read_text().strip() if id_file.is_file() else ""
+        run_id = kept or os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()
         self._guarded("did not start", lambda: self._start(config, run_id, mode))
         if self.run is None:
             return
-        if resumed:
+        if self.run.id == kept:
             for record in before:
                 kind = _kind(record)
                 self._sent[kind] = max(self._sent[kind], record["step"])
-        else:
-            write_atomically(id_file, f"{run_id}\n")
+        else:  # in a sweep it is the agent's, whatever was asked for
+            self._guarded("stopped", lambda: write_atomically(id_file, f"{self.run.id}\n"))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the numbers among `metrics`, unless an earlier session has."""
@@ -90,17 +94,19 @@ class WandbRun:
             "x_disable_meta": any(redact(argument) != argument for argument in sys.argv),
         }
         settings = wandb.Settings(**{name: wanted[name] for name in wanted if name in wandb.Settings.model_fields})
+        directory = os.environ.get("WANDB_DIR") or str(self.run_dir)
         options: dict[str, Any] = {
             "mode": mode,
-            "project": config.tracking.project,
-            "entity": config.tracking.entity or None,
-            "name": config.name,
-            "id": run_id,
+            "name": os.environ.get("WANDB_NAME") or config.name,
             "resume": "allow",
-            "dir": str(self.run_dir),
-            "config": redact(asdict(config)),
+            "dir": directory,
+            "config": redact(_described(config, self.run_dir)),
             "settings": settings,
         }
+        if not os.environ.get("WANDB_SWEEP_ID"):  # whose agent has chosen these
+            is_default = config.tracking.project == TrackingConfig.project
+            options["project"] = (is_default and os.environ.get("WANDB_PROJECT")) or config.tracking.project
+            options |= {"entity": config.tracking.entity or None, "id": run_id}
         terminal, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115 - it cannot ask for a key where nobody answers
         try:
             try:
@@ -115,7 +121,7 @@ class WandbRun:
             sys.stdin.close()
             sys.stdin = terminal
         if problem:
-            self.say(f"W&B: offline, {problem}. To upload: wandb sync {self.run_dir}/wandb/offline-run-*-{run_id}")
+            self.say(f"W&B: offline, {problem}. To upload: wandb sync {directory}/wandb/offline-run-*-{self.run.id}")
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -126,6 +132,21 @@ class WandbRun:
         except Exception as error:
             self.run = None
             self.say(f"W&B {what}, training continues without it: {_first_line(error)}")
+
+
+def wanted_mode(config: RunConfig) -> str:
+    """auto, online, offline or disabled: `tracking.wandb`, or WANDB_MODE where that is auto."""
+    if config.tracking.wandb != "auto":
+        return config.tracking.wandb
+    return os.environ.get("WANDB_MODE", "auto").replace("dryrun", "offline")  # as wandb called it first
+
+
+def _described(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """The configuration as W&B shows it; of a run with a parent, also its W&B run and what was changed."""
+    described = asdict(config)
+    if record := read_record(run_dir):
+        described["parent"] |= {"wandb_run_id": record["wandb"], "differences": record["differences"]}
+    return described
 
 
 def why_offline(base_url: str, hosted: str = "") -> str:

@@ -3,10 +3,12 @@
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -14,10 +16,13 @@ from pathlib import Path
 
 import pytest
 import wandb
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from data_pipeline.storage.redaction import HIDDEN
 from tests.support.wandb_files import history, offline_runs, run_of
 from train.config import RunConfig
+from train.run.lineage import write_record
 from train.run.tracker import Tracker
 from train.run.wandb import has_key, why_offline
 
@@ -44,10 +49,12 @@ def own_settings(tmp_path, monkeypatch):
     os.environ.pop("WANDB_SILENT", None)
 
 
-def track(directory: Path, *, mode="auto", resumed=0, total=6, data="data/train", each=lambda step: None) -> None:
+def track(
+    directory: Path, *, mode="auto", resumed=0, total=6, data="data/train", project="duet", each=lambda step: None
+) -> None:
     """Steps `resumed` + 1 to `total`, every second one with an evaluation."""
     config = RunConfig(name="small")
-    config.tracking.wandb, config.tracking.log_every = mode, 1
+    config.tracking.wandb, config.tracking.log_every, config.tracking.project = mode, 1, project
     config.data.train = data
     tracker = Tracker(config, directory, total_steps=total, resumed_step=resumed)
     for step in range(resumed + 1, total + 1):
@@ -118,6 +125,64 @@ def test_the_environment_can_turn_it_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     track(tmp_path / "run")
     assert len(offline_runs(tmp_path / "run")) == 1 and "W&B" not in capsys.readouterr().out
+
+
+def test_its_own_variables_win_over_defaults(tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    wanted = {"PROJECT": "theirs", "NAME": "shown", "RUN_ID": "trial1", "DIR": str(tmp_path / "elsewhere")}
+    for name, value in wanted.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    track(tmp_path / "run", total=1)
+    (session,) = offline_runs(tmp_path / "elsewhere")
+    run = run_of(session)
+    assert (run.project, run.display_name, run.run_id) == ("theirs", "shown", "trial1")
+    assert (tmp_path / "run" / "wandb_run_id").read_text() == "trial1\n"
+    assert f"wandb sync {tmp_path}/elsewhere/wandb/offline-run-*-trial1" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    track(tmp_path / "run", resumed=1, total=2, project="mine")
+    run = run_of(offline_runs(tmp_path / "elsewhere")[1])
+    assert (run.project, run.run_id) == ("mine", "trial1"), "a field that is set wins, and a resumed run is what it was"
+
+
+def test_in_a_sweep_the_agent_chooses_the_run_and_the_real_id_is_written(tmp_path, monkeypatch):
+    track(tmp_path / "run", mode="offline", total=1)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial2")
+    track(tmp_path / "run", mode="offline", total=2)
+    run = run_of(offline_runs(tmp_path / "run")[1])
+    assert (run.run_id, run.sweep_id) == ("trial2", "sweep1")
+    assert (tmp_path / "run" / "wandb_run_id").read_text() == "trial2\n"
+
+
+def test_the_sweep_of_the_readme_starts_a_run_named_after_its_trial(tmp_path):
+    """The command that an agent makes of it, with `python -m train` in the launcher's place."""
+    (block,) = re.findall(r"\n    # sweep\.yaml\n((?:    .*\n)+)", (ROOT / "README.md").read_text())
+    sweep = yaml.safe_load(textwrap.dedent(block))
+    arguments = {name: {"value": one["values"][0]} for name, one in sweep["parameters"].items()}
+    filled = {"${env}": ["/usr/bin/env"], "${args}": create_sweep_command_args({"args": arguments})["args"]}
+    command = [part for chunk in sweep["command"] for part in filled.get(chunk, [chunk])]
+    command = [part.replace("./launch/local.sh", f"{sys.executable} -m train --print_config") for part in command]
+    environment = os.environ | {"WANDB_RUN_ID": "trial3"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    config = yaml.safe_load(done.stdout)
+    assert config["name"].endswith("trial3"), done.stderr
+    flat = {
+        f"{section}.{name}": value
+        for section, part in config.items()
+        if isinstance(part, dict)
+        for name, value in part.items()
+    }
+    assert {name: flat[name] for name in arguments} == {name: one["value"] for name, one in arguments.items()}
+
+
+def test_a_run_from_another_one_has_that_ones_id_in_its_config(tmp_path):
+    (tmp_path / "run").mkdir()
+    changed = ["optim.lr: 0.1 -> 0.2"]
+    write_record(tmp_path / "run", {"run": "old", "step": 5, "wandb": "abc", "differences": changed})
+    track(tmp_path / "run", mode="offline", total=1)
+    run = run_of(offline_runs(tmp_path / "run")[0])
+    parent = {item.key: json.loads(item.value_json) for item in run.config.update}["parent"]
+    assert (parent["wandb_run_id"], parent["differences"]) == ("abc", changed) and run.run_id != "abc"
 
 
 def test_it_never_asks_on_a_terminal(tmp_path):
