@@ -291,13 +291,15 @@ def _skipped_line(row: Row, cause: str) -> bytes:
 
 
 def _lists(path: Path, shards: list[str], samples: int) -> bool:
-    """Whether the manifest is of these shards; `index` may have written it when the pack was not done."""
+    """Whether the manifest is of these shards; `index` may have written it when the pack was not done, or another tool
+    without statistics."""
     try:
         manifest = load_manifest(path)
     except ValueError:
         return False
     urls = [os.path.normpath(shard) for shard in shards]
-    return [shard.url for shard in manifest.shards] == urls and manifest.nsamples == samples
+    is_whole = {"uncaptioned", "duplicates"} <= manifest.statistics.keys()
+    return is_whole and [shard.url for shard in manifest.shards] == urls and manifest.nsamples == samples
 
 
 def _finish(out: Path, state: State, args: argparse.Namespace) -> int:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.merging import Scattered
+from tqdm import tqdm
+
+from data_pipeline.commands.merging import Identified, Scattered
 from data_pipeline.commands.tables import SEVERAL_LINES, Table
 from data_pipeline.samples.text import LINES, WHOLE, encodable, lines_of
 from data_pipeline.storage.redaction import redact_urls
@@ -121,13 +123,18 @@ def read_rows(table: Table, columns: Columns, start: int = 0) -> Iterator[Row]:
     `start` must be 0 or the `stop` of a row read before. A row whose key came earlier gets that as its cause.
     """
     seen = set(_keys_before(table, columns, start))
-    with Scattered(lambda: _identified(table, columns)) as scattered:
+    with Scattered(lambda: _counted(_identified(table, columns))) as scattered:
         for row in _neighbours_joined(table, columns, start):
             texts = scattered.texts(_identity(row, columns), row.start)
             if texts is not None:  # None: it is part of an earlier row
                 if texts:
                     row = replace(row, captions=tuple(dict.fromkeys([*row.captions, *texts])))
                 yield _checked(row, columns, seen)
+
+
+def _counted(records: Identified) -> Identified:
+    """With a progress bar where it takes long."""
+    return tqdm(records, desc="look for rows of one image", unit=" rows", delay=2, leave=False)
 
 
 def _identified(table: Table, columns: Columns) -> Iterator[tuple[int, bytes | None, tuple[str, ...]]]:

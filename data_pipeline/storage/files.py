@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import math
@@ -71,7 +72,9 @@ def take_lock(file: int | IO, seconds: float = math.inf, *, lock: Callable = fcn
         try:
             lock(file, fcntl.LOCK_EX | (0 if seconds == math.inf else fcntl.LOCK_NB))
             return True
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError) as error:
+            if error.errno == errno.EPERM:  # EACCES is how some systems say that another process has it
+                raise
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.5)

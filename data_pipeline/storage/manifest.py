@@ -203,31 +203,36 @@ def _resolve(url: str, manifest: str) -> str:
     return os.path.normpath(Path(base) / url)
 
 
-def _remedy(url: str) -> str:
-    return f"make it again with: python -m data_pipeline index {address(url).rpartition('/')[0]}"
+def _remedy(url: str, content: Any = None) -> str:
+    """content: what of the manifest can be read."""
+    rule = " --captions lines" if isinstance(content, dict) and content.get("captions") == "lines" else ""
+    return f"make it again with: python -m data_pipeline index {address(url).rpartition('/')[0]}{rule}"
 
 
 def _parse(content: Any, url: str) -> Manifest:
     """A manifest from its JSON; every fault is a ValueError that names the file, the entry and the field."""
+    remedy = _remedy(url, content)
     if not isinstance(content, dict) or content.get("__kind__") not in (KIND, SELECTED_KIND):
-        raise ValueError(f"{url} is not a manifest (its __kind__ is not {KIND}); {_remedy(url)}")
+        raise ValueError(f"{url} is not a manifest (its __kind__ is not {KIND}); {remedy}")
     entries = content.get("shardlist")
     statistics = content.get("statistics", {})
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{url}: its shardlist holds no shards; {_remedy(url)}")
+        raise ValueError(f"{url}: its shardlist holds no shards; {remedy}")
     if not isinstance(statistics, dict):
-        raise ValueError(f"{url}: its statistics are not an object; {_remedy(url)}")
-    shards = tuple(_parse_shard(entry, f"{url}: shardlist[{index}]", url) for index, entry in enumerate(entries))
+        raise ValueError(f"{url}: its statistics are not an object; {remedy}")
+    shards = tuple(
+        _parse_shard(entry, f"{url}: shardlist[{index}]", url, remedy) for index, entry in enumerate(entries)
+    )
     captions = content.get("captions", "whole")
     if captions not in ("whole", "lines"):
-        raise ValueError(f"{url}: its captions are {captions!r}, not whole or lines; {_remedy(url)}")
+        raise ValueError(f"{url}: its captions are {captions!r}, not whole or lines; {remedy}")
     url_of_most, times = Counter(shard.url for shard in shards).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{url}: shard {url_of_most} is in it {times} times; {_remedy(url)}")
+        raise ValueError(f"{url}: shard {url_of_most} is in it {times} times; {remedy}")
     return Manifest(shards, statistics, url, captions)
 
 
-def _parse_shard(entry: Any, where: str, manifest: str) -> Shard:
+def _parse_shard(entry: Any, where: str, manifest: str, remedy: str) -> Shard:
     valid = {
         "url": lambda value: isinstance(value, str) and value != "",
         "nsamples": lambda value: type(value) is int and value >= 0,
@@ -235,10 +240,10 @@ def _parse_shard(entry: Any, where: str, manifest: str) -> Shard:
         "sha256": lambda value: isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None,
     }
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is not an object; {_remedy(manifest)}")
+        raise ValueError(f"{where} is not an object; {remedy}")
     for field, is_valid in valid.items():
         if not is_valid(entry.get(field)):
-            raise ValueError(f"{where}.{field} is {entry.get(field)!r}; {_remedy(manifest)}")
+            raise ValueError(f"{where}.{field} is {entry.get(field)!r}; {remedy}")
     url = _resolve(entry["url"], manifest)
     shard = Shard(url, entry["nsamples"], entry["filesize"], entry["sha256"])
     return replace(shard, selection=_parse_selection(entry, where)) if "selection" in entry else shard

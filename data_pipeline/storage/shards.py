@@ -59,7 +59,7 @@ class ShardReader:
         if found != stated:
             raise ValueError(
                 f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; "
-                f"restore it, or make the manifest again with: python -m data_pipeline index"
+                f"restore it, or make the manifest again, with the same options: python -m data_pipeline index"
             )
 
 

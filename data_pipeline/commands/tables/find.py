@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_pipeline.commands.tables.delimited import DelimitedTable
 from data_pipeline.commands.tables.folder import IMAGE_SUFFIXES, FolderTable
 from data_pipeline.commands.tables.objects import JsonlTable, JsonTable, read_object
 from data_pipeline.samples.text import WHOLE
+from data_pipeline.storage.files import files_below
 
 KINDS = (
     "a folder of images with .txt or .json beside them, or with a metadata.csv or .jsonl; a table (.csv, .tsv, .txt), "
@@ -38,9 +40,13 @@ def open_table(path: str | Path, split: str = "", *, delimiter: str = "", captio
     if (path / "state.json").exists():
         names = [entry["filename"] for entry in read_object(path / "state.json").get("_data_files", [])]
         return _by_split(ArrowTable([path / name for name in names], path), split)
-    if any(path.glob("*.tar")):
-        raise ValueError(f"INPUT: {path} holds tars, which need no packing: python -m data_pipeline index {path}")
-    if parquet := _parquet(path):
+    parquet = _parquet(path)
+    if tars := sorted(tar.name for tar in path.glob("*.tar")):
+        if parquet or not _holds_images(path):  # img2dataset writes a Parquet file beside each tar
+            raise ValueError(f"INPUT: {path} holds tars, which need no packing: python -m data_pipeline index {path}")
+        read = "only its images are read" if len(tars) == 1 else f"nor are {len(tars) - 1} more; only images are read"
+        print(f"INPUT: {path / tars[0]} is not packed, {read}: python -m data_pipeline index", file=sys.stderr)
+    if parquet:
         return _open_parquet(path, parquet, split, caption_rule)
     tables = [path / name for name in TABLES if (path / name).is_file()]
     if len(tables) == 1:
@@ -52,6 +58,10 @@ def open_table(path: str | Path, split: str = "", *, delimiter: str = "", captio
         split = split or (folders[0] if len(folders) == 1 else "")
         return open_table(path / _chosen(path, split, folders), delimiter=delimiter, caption_rule=caption_rule)
     return FolderTable(path, caption_rule)
+
+
+def _holds_images(path: Path) -> bool:
+    return any(file.name.lower().endswith(IMAGE_SUFFIXES) for file in files_below(path))
 
 
 def _is_all(path: Path, split: str) -> bool:

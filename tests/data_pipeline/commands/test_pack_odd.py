@@ -200,3 +200,27 @@ def test_a_column_that_only_later_records_have_is_found(tmp_path):
     put(tmp_path / "x.png", None)
     found, _ = packed(tmp_path / "t.jsonl", "--caption-column", "caption,alt", "--class-column", "label")
     assert [(raw["txt"], raw["cls"]) for raw in found.values()] == [(b"late", b"3")]
+
+
+def test_a_tar_among_images_is_said_and_keeps_nothing_else_out(tmp_path, capsys):
+    folder = tmp_path / "in"
+    put(folder / "below/x.png")
+    (folder / "backup.tar").write_bytes(b"anything")
+    found, _ = packed(folder)
+    assert set(found) == {"below/x"}
+    assert (
+        "backup.tar is not packed, only its images are read: python -m data_pipeline index" in capsys.readouterr().err
+    )
+    (folder / "below/x.png").unlink()
+    assert run_pack(folder, tmp_path / "other") == 2 and "holds tars, which need no packing" in capsys.readouterr().err
+
+
+def test_a_manifest_without_statistics_is_made_again(tmp_path):
+    folder = tmp_path / "in"
+    put(folder / "x.png")
+    packed(folder)
+    manifest = tmp_path / "packed" / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(whole) | {"statistics": {}}))
+    packed(folder)
+    assert manifest.read_text() == whole

@@ -260,3 +260,11 @@ def test_a_signed_address_is_read_and_its_shards_are_beside_it(tiny_shards):
     with serve(directory) as server:
         manifest = load_manifest(f"{server.url}/manifest.json?X-Amz-Signature=a/b")
         assert [shard.url for shard in manifest.shards] == [f"{server.url}/train-000000.tar"]
+
+
+def test_the_remedy_of_a_damaged_manifest_reads_captions_as_it_did(tmp_path):
+    path = tmp_path / "manifest.json"
+    write_manifest(path, [shard(tmp_path / "a.tar")], {}, "lines")
+    path.write_text(path.read_text().replace('"nsamples": 3', '"nsamples": null'))
+    with pytest.raises(ValueError, match=rf"python -m data_pipeline index {tmp_path} --captions lines$"):
+        load_manifest(path)
