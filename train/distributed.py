@@ -7,6 +7,7 @@ b: rows of this rank, B: rows of all ranks, D: features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +88,22 @@ def broadcast_object(value: Any) -> Any:
     box = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(write: Callable[[], object]) -> None:
+    """Have rank 0 write something.
+
+    Raises:
+        ValueError: on all ranks, where it cannot.
+    """
+    problem = ""
+    if is_main():
+        try:
+            write()
+        except OSError as error:
+            problem = f"{error}: free or mend the disk and start again"
+    if problem := broadcast_object(problem):
+        raise ValueError(problem)
 
 
 def gather_objects(value: Any) -> list[Any]:

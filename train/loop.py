@@ -39,7 +39,7 @@ from train.report import exhibit
 from train.report.page import write_report
 from train.run.directory import onward, open_run, read_results, record_config, write_results
 from train.run.lineage import write_record
-from train.run.records import read_history
+from train.run.records import METRICS, read_history, read_records
 from train.run.signals import EXIT_PREEMPTED, StopRequest
 from train.run.tracker import Tracker
 from train.run.version import code_version
@@ -94,8 +94,10 @@ def train(run: Run) -> int:
     batches = iter(run.batches)
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
     clock = time.perf_counter()
-    found: dict[str, Evaluation] = {}
-    if config.init and not state.step:
+    found = held_out(run, overdue(run))
+    if improved(run, found):
+        checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
+    if (config.init or config.parent.run) and not state.step:
         held_out(run, run.suite.tasks)  # what it starts from
     while state.step < run.steps and not run.best.exhausted:
         micro_batches = fetch(batches, share, engine.device)
@@ -115,10 +117,13 @@ def train(run: Run) -> int:
         speed = {"samples_per_second": rate, "data_wait": waited / seconds, "batch_digest": digest}
         tracker.log(state.step, metrics | speed)
 
-        found = held_out(run, run.suite.due(state.step)) if state.step < run.steps else {}
+        # Who sends a signal gives little time: the state is saved first, and what is due is evaluated on resuming.
+        due_now = run.suite.due(state.step) if state.step < run.steps and not stopping else []
+        found = held_out(run, due_now)
         better = improved(run, found)
         done = state.step == run.steps or run.best.exhausted
         if done or stopping or better or due(state.step, config.checkpoint.every):
+            tracker.check()
             checkpoint.save(run.directory, collect(engine, run.average, state), state, config, run.text_files)
         if better:
             checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
@@ -137,13 +142,16 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
         The signal for which all ranks stop ("" for none), and the digest of the sample order of the global batch.
 
     Raises:
-        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`.
+        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`, or where a log cannot be written.
     """
     config, state = run.config, run.state
     own = [record for batch in micro_batches for record in batch.bad]
     digest = int(torch.tensor([batch.digest for batch in micro_batches]).sum())  # modulo 2^64
-    news = torch.tensor([len(own), int(bool(run.stop.name)), digest], dtype=torch.int64, device=run.engine.device)
-    bad, stops, digest = distributed.all_reduce_sum(news).tolist()
+    news = [len(own), int(bool(run.stop.name)), digest, int(bool(run.tracker.problem))]
+    counts = torch.tensor(news, dtype=torch.int64, device=run.engine.device)
+    bad, stops, digest, unwritten = distributed.all_reduce_sum(counts).tolist()
+    if unwritten:
+        run.tracker.check()
 
     state.step += 1
     state.samples_seen += config.train.global_batch
@@ -202,8 +210,14 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
     distributed.barrier()  # the last of all ranks: what follows takes rank 0 as long as it needs
     run.tracker.finish(0)
     if distributed.is_main():
-        write_report(run.directory, run.config, results, shown)
-        write_results(run.directory, results)
+        try:
+            write_report(run.directory, run.config, results, shown)
+            write_results(run.directory, results)
+        except OSError as error:
+            raise ValueError(
+                f"{run.directory}: the results could not be written: {error}; free or mend the disk and start again: "
+                "only the evaluations are made again"
+            ) from error
         announce(run.directory, results, "is finished")
     return 0
 
@@ -249,10 +263,11 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
     batches = feed.batches(tokenizer, state.step, state.moved_by)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
-    if found is None and distributed.is_main():
+    if found is None:
         write_record(directory, parent.record() if parent else {})
-    tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     record_config(directory, config)
+    tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
+    tracker.check()
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
@@ -327,6 +342,16 @@ def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:
         cost = {"eval_seconds": round(evaluation.seconds, 3)}
         run.tracker.log(run.state.step, evaluation.metrics | cost, prefix=f"{name}/")
     return found
+
+
+def overdue(run: Run) -> list[str]:
+    """Evaluations that were due at the step at which a run resumes, and are not in its log; a collective."""
+    step, names = run.state.step, run.suite.due(run.state.step)
+    if not names or not run.state.first_step < step < run.steps:
+        return []
+    made = [record for record in read_records(run.directory / METRICS) if record["step"] == step]
+    missing = [name for name in names if not any(f"{name}/eval_seconds" in record for record in made)]
+    return distributed.broadcast_object(missing)
 
 
 def improved(run: Run, found: dict[str, Evaluation]) -> bool:

@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,8 @@ from tests.support.vocabulary import write_tokenizer
 from train import checkpoint, cli, loop
 from train.checkpoint import FILES, load_model, load_state
 from train.config import RunConfig
+from train.run.records import read_history
+from train.run.signals import EXIT_PREEMPTED
 
 STEPS = 4
 
@@ -170,3 +175,28 @@ def test_a_compiled_model_saves_and_resumes_under_the_names_of_the_plain_one(cop
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     weights = checkpoint.load_part(checkpoint.newest(run_dir(copied)), "model")
     assert set(weights) == set(load_model(run_dir(copied))[0].state_dict())
+
+
+def test_a_signal_saves_before_what_is_due_is_evaluated_and_resuming_makes_up_for_it(tmp_path) -> None:
+    config = prepare(tmp_path, steps=6, global_batch=16)
+    config.data.image_size, config.checkpoint.every, config.eval.every = 32, 100, 1
+    assert loop.run(config) == 0
+    expected = read_history(run_dir(config))
+    config.name = "stopped"
+
+    def stop() -> None:
+        while not curve(config):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert loop.run(config) == EXIT_PREEMPTED
+    thread.join()
+    last = read_history(run_dir(config))[-1]
+    (saved,) = checkpoint.steps(run_dir(config))
+    assert saved == last["step"] < 6 and "val/t2i_R@1" not in last
+    assert loop.run(config) == 0
+    names = ("step", "loss", "val/t2i_mean_rank", "val/i2t_mean_rank")
+    found = read_history(run_dir(config))
+    assert [[one[name] for name in names] for one in found] == [[one[name] for name in names] for one in expected]

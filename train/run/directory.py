@@ -66,9 +66,12 @@ def write_results(run_dir: Path, results: dict) -> None:
 
 
 def record_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the resolved configuration of a run that starts or resumes; once nothing can refuse it any more."""
-    if distributed.is_main():
-        write_atomically(run_dir / CONFIG, cli.to_yaml(config))
+    """Write the resolved configuration of a run that starts or resumes; once nothing can refuse it any more.
+
+    Raises:
+        ValueError: on all ranks, where it cannot be written.
+    """
+    distributed.on_main(lambda: write_atomically(run_dir / CONFIG, cli.to_yaml(config)))
 
 
 def _claim(run_dir: Path, config: RunConfig) -> str | None:

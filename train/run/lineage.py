@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.storage.files import write_atomically
+from train import distributed
 from train.config import ParentConfig, RunConfig
 
 RECORD = "parent.json"
@@ -51,11 +52,19 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
-    """Put the record into the run's directory; without one, drop what a start that was refused has left."""
-    if record:
-        write_atomically(run_dir / RECORD, json.dumps(record, indent=2) + "\n")
-    else:
-        (run_dir / RECORD).unlink(missing_ok=True)
+    """Put the record into the run's directory; without one, drop what a start that was refused has left.
+
+    Raises:
+        ValueError: on all ranks, where it cannot be written.
+    """
+
+    def write() -> None:
+        if record:
+            write_atomically(run_dir / RECORD, json.dumps(record, indent=2) + "\n")
+        else:
+            (run_dir / RECORD).unlink(missing_ok=True)
+
+    distributed.on_main(write)
 
 
 def first_step(run_dir: Path, config: RunConfig) -> int:

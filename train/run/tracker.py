@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,55 @@ SHOWN = (
 )
 
 
+class _Log:
+    """A file of records that grows."""
+
+    def __init__(self, path: Path):
+        self.path, self._descriptor = path, -1
+
+    def open(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Open it with those of its records that `keep` says yes to."""
+        cut(self.path, keep)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def write(self, lines: str) -> None:
+        """All lines are with the operating system when it returns, whatever kills the process then."""
+        data = lines.encode()
+        while data and self._descriptor >= 0:
+            data = data[os.write(self._descriptor, data) :]
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
 class Tracker:
-    """A run's log, kept by the main process; on the others every method does nothing.
+    """A run's log, kept by the main process; on the others every method but `check` does nothing.
 
     A step is the number of optimizer steps done. A run that resumes at a step drops what was logged after that step.
+
+    Attributes:
+        problem: why a log could not be written; empty where it could. `check` ends the run of all ranks for it.
     """
 
     def __init__(self, config: RunConfig, run_dir: str | Path, *, total_steps: int, resumed_step: int = 0):
-        self.is_main = distributed.is_main()
+        self.is_main, self.problem = distributed.is_main(), ""
         if not self.is_main:
             return
         run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         self.log_every = max(1, config.tracking.log_every)
         self.total_steps, self.first_step, self.started = total_steps, resumed_step, time.monotonic()
-        before = read_records(run_dir / METRICS)
-        cut(run_dir / METRICS, lambda record: record["step"] <= resumed_step)
-        # The ledger counts steps from 0: its step s is one of those done when s + 1 are.
-        cut(run_dir / LEDGER, lambda record: record["step"] < resumed_step)
-        # Line buffered: a line is with the operating system when `log` returns, whatever kills the process then.
-        self._metrics = open(run_dir / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._ledger = open(run_dir / LEDGER, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._metrics, self._ledger = _Log(run_dir / METRICS), _Log(run_dir / LEDGER)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            before = read_records(run_dir / METRICS)
+            self._metrics.open(lambda record: record["step"] <= resumed_step)
+            # The ledger counts steps from 0: its step s is one of those done when s + 1 are.
+            self._ledger.open(lambda record: record["step"] < resumed_step)
+        except OSError as error:
+            self._fail(run_dir / METRICS, error)
+            return
         self._wandb = WandbRun(config, run_dir, before, self.message)
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=quiet)
@@ -59,7 +88,7 @@ class Tracker:
         if not self.is_main:
             return
         named = {prefix + name: value for name, value in metrics.items()}
-        self._metrics.write(to_line({"step": step, **named}))
+        self._write(self._metrics, [{"step": step, **named}])
         if prefix:
             self._wandb.log(step, named)
             return
@@ -74,7 +103,31 @@ class Tracker:
     def ledger(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Samples that were bad and replaced, one line each of ledger.jsonl. Each record has its `step`, from 0."""
         if self.is_main:
-            self._ledger.writelines(to_line(record) for record in records)
+            self._write(self._ledger, records)
+
+    def check(self) -> None:
+        """All ranks call it together: before a checkpoint, which must not be ahead of the logs.
+
+        Raises:
+            ValueError: on all ranks, where a log could not be written.
+        """
+        if problem := distributed.broadcast_object(self.problem):
+            raise ValueError(problem)
+
+    def _write(self, log: _Log, records: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            log.write("".join(to_line(record) for record in records))
+        except OSError as error:
+            self._fail(log.path, error)
+
+    def _fail(self, path: Path, error: OSError) -> None:
+        """Keep the first problem, and write no more: a log with a gap would say what was not so."""
+        self.problem = self.problem or (
+            f"{error.filename or path} could not be written: {error.strerror}. Free or mend the disk and start again: "
+            "the same command resumes from the newest checkpoint, which is whole"
+        )
+        self._metrics.close()
+        self._ledger.close()
 
     def message(self, text: str) -> None:
         """A line on the screen that the progress bar does not overwrite."""
