@@ -29,8 +29,8 @@ from train import cli, distributed
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
-from train.model.image import ImageTower
-from train.model.text import TextTower
+from train.model.pair import build_model
+from train.model.trial import try_out
 from train.run.wandb import wanted_mode, why_offline
 
 GPU_RATE = 450
@@ -56,14 +56,14 @@ def weights(config: RunConfig) -> list[Finding]:
     image, text = config.model.image, config.model.text
     began = time.perf_counter()
     try:
-        ImageTower(image, config.data.image_size)
-        TextTower(text)
-        Tokenizer(text.tokenizer or text.name, config.data.max_tokens)
+        model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        notes = try_out(model, Tokenizer(text.tokenizer or text.name, config.data.max_tokens), config)
     except ValueError as error:
         remedy = "or run this where there is a network: what it fetches stays in the caches of the home directory"
         return [fail("pretrained weights", cli.with_flags(str(error)), remedy)]
     measured = f"{image.name} {image.weights}, {text.name} {text.weights} and tokenizer: loaded"
-    return [ok("pretrained weights", f"{measured} in {time.perf_counter() - began:.0f} s")]
+    measured += f" and tried out in {time.perf_counter() - began:.0f} s"
+    return [ok("pretrained weights", "; ".join([measured, *notes]))]
 
 
 def data(config: RunConfig) -> list[Finding]:

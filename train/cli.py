@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import os
 import re
@@ -39,6 +40,7 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+@functools.cache
 def make_parser(prog: str = "python -m train") -> ArgumentParser:
     """A parser with one option per field of RunConfig, `--config FILE` and `--print_config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -34,6 +34,7 @@ from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import build_model
 from train.model.text_files import text_files, tokenizer_name, with_own_text
+from train.model.trial import try_out
 from train.parent import Parent, settled
 from train.report import exhibit
 from train.report.page import write_report
@@ -250,6 +251,9 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
                 f"Give the data that it was trained on, or choose another `name`{onward(directory)}"
             )
         checkpoint.load_weights(found, model)
+    tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
+    tokenizer.fills |= model.text.reads_padding
+    notes = try_out(model, tokenizer, config)
     engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, config.optim.ema)
     if found is not None:
@@ -258,8 +262,6 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
         parent.restore(engine, average)
 
     state.precision, state.code = engine.precision, code_version()
-    tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
-    tokenizer.fills |= model.text.reads_padding
     files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
     batches = feed.batches(tokenizer, state.step, state.moved_by)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
@@ -272,7 +274,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
     tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
     if found is not None:
         tracker.message(f"resumes from {found}")
-    for line in [*(parent.lines if parent else lines), *hints(config, feed.steps)]:
+    for line in [*(parent.lines if parent else lines), *notes, *hints(config, feed.steps)]:
         tracker.message(line)
     if found is None and distributed.is_main():
         try:

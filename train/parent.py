@@ -206,7 +206,7 @@ class Parent:
     def _note(self, model: PairModel, weights: dict[str, Tensor], misfits: dict[str, str]) -> None:
         """Keep what `restore` needs of a model that is not wrapped yet, and say what was not taken."""
         parameters = dict(model.named_parameters())
-        self._shapes = {name: value.shape for name, value in parameters.items() if value.requires_grad}
+        self._shapes = {name: value.shape for name, value in parameters.items()}
         fresh = [name for name in model.state_dict() if name not in self._taken and name not in OWN]
         self._fresh = {name: parameters[name].detach().clone() for name in fresh if name in parameters}
         self.lines += [f"the {tower} tower is as the config says: {why}" for tower, why in misfits.items()]
@@ -214,7 +214,11 @@ class Parent:
             self.lines.append(f"fresh: {_heads(heads)}")
         if left := [name for name in weights if name not in model.state_dict()]:
             self.lines.append(f"not in this model, left: {_heads(left)}")
-        used_up = ("model.temperature:", *(f"model.{tower}.weights:" for tower in TOWERS if tower not in misfits))
+        used_up = (
+            "init:",
+            "model.temperature:",
+            *(f"model.{tower}.weights:" for tower in TOWERS if tower not in misfits),
+        )
         for line in self.differences:
             without_effect = ", which has no effect on weights that are taken" if line.startswith(used_up) else ""
             self.lines.append(f"differs from its parent in {line}{without_effect}")
@@ -269,7 +273,10 @@ class Parent:
             saved = checkpoint.load_part(self.path, "optimizer")
             moments: dict[str, Tensor] = {}
             fresh: list[str] = []
+            learning = {name for name, value in engine.module.named_parameters() if value.requires_grad}
             for name, shape in self._shapes.items():
+                if name not in learning:
+                    continue
                 keys = [f"{name}.{key}" for key in MOMENTS]
                 known = name in self._taken and all(key in saved for key in keys)
                 moments |= {key: saved[key] if known else torch.zeros(shape) for key in keys}

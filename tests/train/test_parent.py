@@ -30,6 +30,7 @@ def old(runs_in_this_process, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     config = prepare(tmp_path_factory.mktemp("old"), steps=STEPS, global_batch=16)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 2
     config.optim.lr, config.optim.ema, config.name = 1e-3, 0.5, "old"
+    config.model.image.name = "shufflenet_v2_x0_5"
     assert loop.run(config) == 0
     return config
 
@@ -134,9 +135,9 @@ def test_what_was_changed_is_said_and_the_schedule_is_that_of_the_step(old, tmp_
     assert all(f"differs from its parent in {line}\n" in shown for line in changed)
 
 
-def at_step_2(old: RunConfig, config: RunConfig) -> tuple[TrainState, str]:
+def at_step_2(config: RunConfig) -> tuple[TrainState, str]:
     """Where a run starts, and what is said of its data."""
-    feed, parent = Feed(config), Parent(settled(config), Path(config.runs_dir) / config.name)
+    feed, parent = Feed(config), Parent(config, Path(config.runs_dir) / config.name)
     own = TrainState(data_hash=feed.identity, order=feed.order_identity)
     state = parent.begin(own, feed)
     (line,) = [line for line in parent.lines if line.startswith("data: ")]
@@ -144,23 +145,31 @@ def at_step_2(old: RunConfig, config: RunConfig) -> tuple[TrainState, str]:
 
 
 def test_where_it_goes_on_in_the_data(old, tmp_path: Path) -> None:
-    sizes = (20, 30, 20)  # as in the parent's data
-    state, line = at_step_2(old, child(old))
+    new = child(old)
+    state, line = at_step_2(new)
     assert (state.step, state.first_step, state.moved_by, state.samples_seen) == (2, 2, 0, 32)
-    mended = write_data(tmp_path / "mended", sizes)
-    state, line = at_step_2(old, child(old, "--data.train", str(mended)))
+    assert line == "data: in the parent's order, from its next sample on"
+
+    def of(**data: object) -> RunConfig:
+        return replace(new, data=replace(new.data, **data))
+
+    def in_batches_of(size: int) -> RunConfig:
+        return replace(new, train=replace(new.train, global_batch=size))
+
+    state, line = at_step_2(of(train=str(write_data(tmp_path / "mended", (20, 30, 20)))))
     assert state.moved_by == 0 and line == "data: others than the parent's in the same order, from its next sample on"
-    state, line = at_step_2(old, child(old, "--train.global_batch", "8"))
+    state, line = at_step_2(in_batches_of(8))
     assert state.step + state.moved_by == 4 and "in the parent's order" in line
-    state, line = at_step_2(old, child(old, "--train.global_batch", "24"))
+    state, line = at_step_2(in_batches_of(24))
     assert state.step + state.moved_by == 2  # 32 samples are 1 1/3 batches: the rest of the second one is left out
-    longer = write_data(tmp_path / "longer", (20, 30, 21))
-    for other in (("--data.train", str(longer)), ("--train.seed", "1"), ("--data.lanes", "2")):
-        state, line = at_step_2(old, child(old, *other))
+    longer = of(train=str(write_data(tmp_path / "longer", (20, 30, 21))))
+    for other in (longer, of(lanes=2), replace(new, train=replace(new.train, seed=1))):
+        state, line = at_step_2(other)
         assert state.step + state.moved_by == 0
         assert line == "data: in another order than the parent's, which starts at its beginning"
 
 
+@pytest.mark.slow
 def test_a_run_from_other_data_sees_them_from_the_beginning_and_resumes_in_them(old, tmp_path: Path) -> None:
     new = child(old, "--train.seed", "1", "--train.steps", "5", "--checkpoint.every", "1", runs=tmp_path)
     assert loop.run(new) == 0
@@ -183,7 +192,7 @@ def test_bad_samples_and_skipped_steps_of_the_parent_do_not_count(old, tmp_path:
     hashes = json.loads((path / "sha256.json").read_text())
     hashes["state.json"] = checkpoint.sha256_of(path / "state.json")
     (path / "sha256.json").write_text(json.dumps(hashes))
-    state, _ = at_step_2(old, child(replace(old, runs_dir=str(tmp_path)), runs=tmp_path))
+    state, _ = at_step_2(child(replace(old, runs_dir=str(tmp_path)), runs=tmp_path))
     assert (state.bad_samples, state.skipped, state.skipped_in_row, state.samples_seen) == (0, 0, 0, 32)
 
 
@@ -193,8 +202,8 @@ def test_what_the_parent_does_not_have_is_fresh_and_said(old, tmp_path: Path, ca
     )
     assert loop.run(new) == 0
     shown = said(capfd)
-    assert "fresh: image_projection.weight, text_projection.weight, level_" in shown
-    assert "moments of zero, since the parent has none: image_projection.weight, text_projection.weight" in shown
+    heads = "level_log_scales, level_logits, image_projection, text_projection, image_levels (9 tensors), text_levels ("
+    assert f"\nfresh: {heads}" in shown and f"\nmoments of zero, since the parent has none: {heads}" in shown
     moments = load_part(checkpoint.newest(run_dir(new)), "optimizer")
     assert all(value.isfinite().all() for value in moments.values())
 
@@ -211,8 +220,10 @@ def test_its_weights_alone_are_those_that_were_evaluated_at_step_0(old, tmp_path
 
 
 def test_a_tower_that_does_not_fit_is_as_the_config_says(old, tmp_path: Path, capfd) -> None:
-    other = ("--model.image.name", "resnet34")
-    with pytest.raises(ValueError, match=r"(?s)model\.image\.name resnet34, the parent has resnet18 .*take weights"):
+    other = ("--model.image.name", "shufflenet_v2_x1_0")
+    with pytest.raises(
+        ValueError, match=r"(?s)model\.image\.name shufflenet_v2_x1_0, the parent has shufflenet_v2_x0_5 .*take weights"
+    ):
         loop.run(child(old, *other, runs=tmp_path))
     line = ["--from-weights", str(run_dir(old)), *other, "--name", "new", "--runs_dir", str(tmp_path)]
     feed, parent = Feed(cli.parse(line)), Parent(settled(cli.parse(line)), tmp_path / "new")
@@ -234,7 +245,7 @@ def test_another_tokenizer_is_another_tower(old, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)model\.text\.name .* is not what .*hidden_size: 32 -> 16.*take weights"):
         loop.run(same)
     both = replace(same, parent=replace(same.parent, take="weights"), model=replace(same.model))
-    both.model.image = replace(same.model.image, name="resnet34")
+    both.model.image = replace(same.model.image, name="shufflenet_v2_x1_0")
     with pytest.raises(ValueError, match=r"no tower of it fits"):
         loop.run(both)
 
@@ -280,7 +291,7 @@ def test_a_refused_change_names_the_way_and_the_way_is_open(old, tmp_path: Path)
         loop.run(other)
     advice = f"choose another --name, under which --from {run_dir(old)} starts from where that run has come"
     assert advice in cli.with_flags(str(error.value))
-    towers = replace(old, model=replace(old.model, image=replace(old.model.image, name="resnet34")))
+    towers = replace(old, model=replace(old.model, image=replace(old.model.image, name="shufflenet_v2_x1_0")))
     with pytest.raises(ValueError) as error:
         loop.run(towers)
     assert f"under which --from-weights {run_dir(old)} starts from those towers" in cli.with_flags(str(error.value))

@@ -30,7 +30,7 @@ def lr_at(step: int, total: int, config: OptimConfig, unlocked_at: int = 0) -> f
     if config.schedule == "cosine" and step >= config.warmup_steps:
         progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
         share = config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    elif config.schedule == "constant" and step > total - config.cooldown_steps:
+    elif config.cooldown_steps and config.schedule == "constant" and step > total - config.cooldown_steps:
         progress = min(1.0, (step - total + config.cooldown_steps) / config.cooldown_steps)
         share = config.min_lr + (1 - config.min_lr) * (1 - math.sqrt(progress))
     return share * min(1.0, (step - unlocked_at + 1) / max(1, config.warmup_steps))
