@@ -57,7 +57,9 @@ def weights(config: RunConfig) -> list[Finding]:
     began = time.perf_counter()
     try:
         model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-        notes = try_out(model, Tokenizer(text.tokenizer or text.name, config.data.max_tokens), config)
+        tokenizer = Tokenizer(text.tokenizer or text.name, config.data.max_tokens)
+        tokenizer.fills |= model.text.reads_padding
+        notes = try_out(model, tokenizer, config)
     except ValueError as error:
         remedy = "or run this where there is a network: what it fetches stays in the caches of the home directory"
         return [fail("pretrained weights", cli.with_flags(str(error)), remedy)]

@@ -24,6 +24,7 @@ def interrupted(tmp_path: Path) -> tuple[RunConfig, list]:
     config = prepare(tmp_path, steps=STEPS, global_batch=16)
     config.data.train = str(write_data(tmp_path / "bad", (64,), bad=(3, 17, 40, 50)))
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 2
+    config.model.image.name = "shufflenet_v2_x0_5"
     assert loop.run(config) == 0
     straight = curve(config)
     (run_dir(config) / "results.json").unlink()
