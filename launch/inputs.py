@@ -29,6 +29,8 @@ from train import cli, distributed
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
+from train.init.fit import fill
+from train.init.origin import open_origin
 from train.model.pair import build_model
 from train.model.trial import try_out
 from train.run.wandb import wanted_mode, why_offline
@@ -56,15 +58,18 @@ def weights(config: RunConfig) -> list[Finding]:
     image, text = config.model.image, config.model.text
     began = time.perf_counter()
     try:
-        model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        origin = open_origin(config) if config.init else None
+        model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), pretrained=origin is None)
+        if origin is not None:
+            fill(model, origin, config)
         tokenizer = Tokenizer(text.tokenizer or text.name, config.data.max_tokens)
         tokenizer.fills |= model.text.reads_padding
         notes = try_out(model, tokenizer, config)
     except ValueError as error:
         remedy = "or run this where there is a network: what it fetches stays in the caches of the home directory"
         return [fail("pretrained weights", cli.with_flags(str(error)), remedy)]
-    measured = f"{image.name} {image.weights}, {text.name} {text.weights} and tokenizer: loaded"
-    measured += f" and tried out in {time.perf_counter() - began:.0f} s"
+    towers = config.init or f"{image.name} {image.weights}, {text.name} {text.weights}"
+    measured = f"{towers} and tokenizer: loaded and tried out in {time.perf_counter() - began:.0f} s"
     return [ok("pretrained weights", "; ".join([measured, *notes]))]
 
 

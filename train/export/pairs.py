@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.samples.transforms import eval_transform
 from train.export.source import Source
 
-COUNT, BATCH = 64, 16
+COUNT, BATCH, ODD = 64, 16, 16
 LEAST_COSINE = 0.9999
 TIE, ROUGH_TIE = 1e-4, 5e-3
 """Similarities that differ by less have no order: of the same pixels in fp32; in fp16, or of pictures shrunk by other
@@ -26,38 +26,46 @@ WORDS = ("a", "the", "two", "red", "small", "cat", "ship", "tree", "of", "on", "
 
 
 class Features(NamedTuple):
-    """Unit vectors, and what counts as a tie between their similarities."""
+    """Unit vectors, what counts as a tie between their similarities, and whether other code cropped the pictures."""
 
     image_ND: Tensor
     text_MD: Tensor
     tie: float = TIE
+    other_crop: bool = False
 
 
 def make_pairs(directory: Path, shorter: int) -> tuple[list[Path], list[str]]:
     """The same pictures every time, of many sizes, as files in a new directory, and captions of many lengths.
 
-    Shrunk to `shorter` pixels on the shorter side, each has a longer one of whole pixels, and its middle starts at a
-    whole pixel: elsewhere the ways to crop are up to half a pixel apart, whichever is right.
+    Shrunk to `shorter` pixels on the shorter side, each of the first COUNT has a longer one of whole pixels, and its
+    middle starts at a whole pixel. The last ODD are of odd sizes: there, the ways to crop are up to half a pixel apart,
+    whichever is right.
     """
     rng = random.Random(0)
     directory.mkdir(parents=True)
     images, captions = [], []
-    for number in range(COUNT):
+    for number in range(COUNT + ODD):
         factor, longer = rng.choice((1, 2, 3, 4)), shorter + 2 * rng.randint(0, shorter // 2)
         size = (shorter * factor, longer * factor) if rng.random() < 0.5 else (longer * factor, shorter * factor)
-        picture = Image.new("RGB", size, tuple(rng.randrange(256) for _ in "rgb"))
-        draw = ImageDraw.Draw(picture)
-        for _ in range(12):
-            x, y = (rng.randrange(side) for side in size)
-            shape = rng.choice((draw.ellipse, draw.rectangle))
-            end = tuple(start + rng.randint(1, side) for start, side in zip((x, y), size, strict=True))
-            shape(((x, y), end), fill=tuple(rng.randrange(256) for _ in "rgb"))
-        path = directory / f"{number:02d}.{('jpg', 'png')[number % 2]}"
-        # As soft as a photograph: at hard edges, two ways to shrink a picture differ most.
-        picture.filter(ImageFilter.GaussianBlur(factor)).save(path, quality=95)
-        images.append(path)
-        captions.append(" ".join(rng.choice(WORDS) for _ in range(rng.choice((1, 5, 9, 20, 200)))))
+        if number >= COUNT:
+            size = (size[0] | 1, size[1] * 6 // 5 | 1)
+        images.append(directory / f"{number:02d}.{('jpg', 'png')[number % 2]}")
+        draw(size, factor, rng).save(images[-1], quality=95)
+        if number < COUNT:
+            captions.append(" ".join(rng.choice(WORDS) for _ in range(rng.choice((1, 5, 9, 20, 200)))))
     return images, captions
+
+
+def draw(size: tuple[int, int], factor: int, rng: random.Random) -> Image.Image:
+    """A picture as soft as a photograph is `factor` times as large: at hard edges, ways to shrink it differ most."""
+    picture = Image.new("RGB", size, tuple(rng.randrange(256) for _ in "rgb"))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(12):
+        x, y = (rng.randrange(side) for side in size)
+        shape = rng.choice((pen.ellipse, pen.rectangle))
+        end = tuple(start + rng.randint(1, side) for start, side in zip((x, y), size, strict=True))
+        shape(((x, y), end), fill=tuple(rng.randrange(256) for _ in "rgb"))
+    return picture.filter(ImageFilter.GaussianBlur(factor))
 
 
 def reference(source: Source, images: list[Path], captions: list[str]) -> Features:
@@ -73,21 +81,30 @@ def compare(name: str, wanted: Features, found: Features) -> str:
     """A line that says how near the two are.
 
     Raises:
-        ValueError: a cosine is below 0.9999, or candidates that are no ties are ranked otherwise.
+        ValueError: a cosine is below 0.9999, or candidates that are no ties are ranked otherwise; where other code
+            cropped the pictures, those of odd sizes do not count.
     """
+    image_N = torch.cosine_similarity(wanted.image_ND, found.image_ND)
+    count = COUNT if found.other_crop else len(image_N)
     cosines = {
-        "image": torch.cosine_similarity(wanted.image_ND, found.image_ND).min().item(),
+        "image": image_N[:count].min().item(),
         "text": torch.cosine_similarity(wanted.text_MD, found.text_MD).min().item(),
     }
     for tower, cosine in cosines.items():
         if not cosine >= LEAST_COSINE:  # NaN is not
             raise ValueError(f"{name}: the least cosine of {tower} embeddings is {cosine:.6f}, below {LEAST_COSINE}")
-    before_NM, after_NM = (each.image_ND @ each.text_MD.T for each in (wanted, found))
+    before_NM, after_NM = (each.image_ND[:count] @ each.text_MD.T for each in (wanted, found))
     swapped = max(_swapped(before_NM, after_NM), _swapped(before_NM.T, after_NM.T))
     if swapped > found.tie:
         raise ValueError(f"{name}: candidates are ranked otherwise whose similarities differ by {swapped:.6f}")
     least = ", ".join(f"{tower} {cosine:.7f}" for tower, cosine in cosines.items())
-    return f"{name}: least cosine {least}; the same ranking of {COUNT} pairs"
+    line = f"{name}: least cosine {least}; the same ranking of {COUNT} pairs"
+    if count == len(image_N):
+        return line
+    odd = image_N[count:].min().item()
+    return (
+        f"{line}\n{name}: of images of odd sizes, which it crops up to half a pixel elsewhere, least cosine {odd:.4f}"
+    )
 
 
 def _swapped(before_NM: Tensor, after_NM: Tensor) -> float:

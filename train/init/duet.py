@@ -8,6 +8,7 @@ from pathlib import Path
 from train import checkpoint, cli
 from train.init import hf, open_clip
 from train.init.origin import Origin
+from train.init.weights import read_json
 from train.model.names import TORCHVISION_IN_TIMM
 from train.model.text_files import TEXT, TOKENIZER, with_own_text
 
@@ -22,7 +23,7 @@ def read(name: str) -> Origin:
     if (directory / open_clip.CONFIG).is_file():
         return open_clip.read(name)
     if (directory / "config.json").is_file():
-        if "model_type" not in json.loads((directory / "config.json").read_text()):
+        if "model_type" not in read_json(directory / "config.json", f"init duet:{name}"):
             raise ValueError(f"init duet:{name}: programs have no tensors by name; give the run, or an export to hf")
         return hf.read(name)
     path = checkpoint.find(name)

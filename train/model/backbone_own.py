@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -44,17 +45,19 @@ def build(path: str, config: ImageTowerConfig, image_size: int, pretrained: bool
         given = f"model.image.weights {config.weights}"
         if (state := read_state_dict(config.weights)) is None:
             raise ValueError(f"{given}: {path} has weights in files alone; give a .safetensors or .pth, or scratch")
-        load_weights(module, state, dict, given, path)
+        load_weights(module, state, partial(adapted, module), given, path)
     says = {name: getattr(module, name) for name in ("blocks", "stages") if _is_names(getattr(module, name, None))}
     return describe(module, image_size, path, channels_last=getattr(module, "channels_last", False) is True, **says)
 
 
 def adapted(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the module's names; where its class is derived from one of timm's, by timm's own translation."""
-    for base in type(module).__mro__:
-        if base.__module__.startswith("timm.models."):
-            return translated(base.__module__, module, state)
-    return state
+    files = [base.__module__ for base in type(module).__mro__ if base.__module__.startswith("timm.models.")]
+    if not files:
+        return dict(state)
+    own = module.state_dict()
+    named = translated(files[0], module, state)
+    return {name: tensor for name, tensor in named.items() if name in own or not name.startswith("head.")}
 
 
 def _class(path: str) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from train.config import ImageTowerConfig
 from train.model.backbone import Backbone, describe
-from train.model.pretrained import load_weights, read_state_dict, timm_weights
+from train.model.pretrained import load_weights, read_state_dict, tags_of, timm_weights
 
 FIELDS = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
 
@@ -60,7 +60,10 @@ def _check_name(timm: Any, name: str) -> None:
         )
     near = difflib.get_close_matches(model.lower(), timm.list_models(), n=5, cutoff=0.4) or ["resnet50"]
     nearest = ", ".join(f"timm/{other}" for other in near)
-    raise ValueError(f"model.image.name timm/{name} is not a timm model; the nearest are {nearest}")
+    tags = ", ".join(tags_of(timm, near[0])[:5]) or "none"
+    raise ValueError(
+        f"model.image.name timm/{name} is not a timm model; the nearest are {nearest} (weights of the first: {tags})"
+    )
 
 
 def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> nn.Module:

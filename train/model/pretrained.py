@@ -5,6 +5,7 @@ What cannot be loaded or fetched is reported within seconds, with a remedy.
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -77,14 +78,21 @@ def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
     given = f"model.image.weights {weights}"
     members = torchvision.models.get_model_weights(model).__members__
     if weights not in members:
+        near = difflib.get_close_matches(weights.upper(), members, n=1, cutoff=0.6)
+        meant = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(["scratch", *members])
-        raise ValueError(f"{given}: {model} has {known}; or give a local .safetensors or .pth file")
+        raise ValueError(f"{given}: {meant}{model} has {known}; or give a local .safetensors or .pth file")
     try:
         _into_cache(members[weights].url)
         return members[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:
         remedy = "give a local .safetensors or .pth file, or scratch"
         raise ValueError(f"{given} cannot be fetched from {members[weights].url} ({error}): {remedy}") from error
+
+
+def tags_of(timm: Any, model: str) -> list[str]:
+    """The names of a timm model's weights, as `model.image.weights` has them."""
+    return [full.partition(".")[2] for full in timm.list_pretrained([model, f"{model}.*"])]
 
 
 def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
@@ -98,9 +106,11 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
         ValueError: the model has no such tag, or it cannot be fetched.
     """
     given = f"model.image.weights {weights}"
-    tags = [full.partition(".")[2] for full in timm.list_pretrained([model, f"{model}.*"])]
+    tags = tags_of(timm, model)
     known = f"the tags of timm/{model} are {', '.join(tags)}" if tags else f"timm has no weights of {model}"
     if not tags or weights not in ("DEFAULT", *tags):
+        near = difflib.get_close_matches(weights, tags, n=1, cutoff=0.6)
+        known = f"did you mean {near[0]}? {known[0].upper()}{known[1:]}" if near else known
         raise ValueError(f"{given}: {known}; give DEFAULT, a tag, scratch, or a local .safetensors or .pth file")
     source = timm.models.get_pretrained_cfg(model if weights == "DEFAULT" else f"{model}.{weights}")
     page = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url

@@ -1,21 +1,18 @@
 """open_clip, in an environment of its own below the cache directory, loads what is written for it."""
 
-import os
 import subprocess
 import sys
-import venv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.support.checkpoints import write_run
+from tests.support.open_clip import interpreter
 from train.config import RunConfig
 from train.export.__main__ import main
 
-PACKAGES = ("open_clip_torch==3.3.0", "ftfy", "wcwidth")
 CLASSIFY = """
 import sys
 import open_clip, torch
@@ -32,17 +29,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """An interpreter with open_clip, and all else from this one's packages."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    directory = cache / "duet-tests" / "open_clip"
-    found = directory / "bin" / "python"
-    if not (directory / "complete").exists():
-        venv.create(directory, with_pip=True, clear=True)
-        (site,) = directory.glob("lib/python*/site-packages")
-        (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-        subprocess.run([found, "-m", "pip", "install", "-q", "--no-deps", *PACKAGES], check=True)
-        (directory / "complete").touch()
-    return str(found)
+    return interpreter()
 
 
 @pytest.mark.slow

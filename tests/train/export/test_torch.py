@@ -71,6 +71,7 @@ def test_averaged_weights_are_taken_of_the_step_that_is_asked_for_and_a_soup_is_
             ["--run", "{run}", "--to", "torch", "--step", "1", "--soup", "1,2"],
             "--step 1: give either this or --soup",
         ),
+        (["--run", "{run}", "--to", "torch", "--soup", "2,"], "--soup 2,: give two steps or more"),
         (["--run", "{run}", "--to", "torch", "--soup", "1,b"], "--step b: .* has no such checkpoint"),
         (["--run", "{run}", "--to", "torch", "--soup", "1,9"], "--step 9: .* has no such checkpoint"),
     ],

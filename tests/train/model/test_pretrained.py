@@ -101,3 +101,35 @@ with torch.no_grad():
     torch.testing.assert_close(reference._fc(tower(images)), reference(images))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("prefix", ["visual.trunk.", "module.visual.trunk.", "image.backbone."])
+@pytest.mark.parametrize("name", ["timm/test_vit", "resnet18"])
+def test_the_image_tower_of_a_pair_is_taken(prefix, name, tmp_path, capfd):
+    torch.manual_seed(3)
+    expected = ImageTower(ImageTowerConfig(name=name), SIZE).backbone.state_dict()
+    rest = {"logit_scale": torch.tensor(1.0), "text.transformer.weight": torch.zeros(2, 2)}
+    state = load(tmp_path / "pair.pt", {f"{prefix}{key}": value for key, value in expected.items()} | rest, name)
+    assert all(torch.equal(value, expected[key]) for key, value in state.backbone.state_dict().items())
+    assert "matched" not in capfd.readouterr().err
+
+
+def test_open_clips_own_vision_transformer_is_taken(tmp_path):
+    """As OpenAI's CLIP has it, by the names of its code."""
+    torch.manual_seed(3)
+    tower = ImageTower(ImageTowerConfig(name="tests.support.vits.Clip"), SIZE)
+    names = {"blocks.": "transformer.resblocks.", "patch_embed.proj.": "conv1.", "norm_pre.": "ln_pre."}
+    state = {}
+    for key, value in tower.backbone.state_dict().items():
+        for part, other in (*names.items(), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."), ("qkv.", "in_proj_")):
+            key = key.replace(part, other)
+        key = key.replace(".attn.proj.", ".attn.out_proj.").replace("fc1", "c_fc").replace("fc2", "c_proj")
+        if key.startswith("norm."):
+            key = f"ln_post.{key.partition('.')[2]}"
+        if key in ("cls_token", "pos_embed"):
+            key, value = {"cls_token": "class_embedding", "pos_embed": "positional_embedding"}[key], value.squeeze()
+        state[f"visual.{key}"] = value
+    state |= {"visual.proj": torch.zeros(32, 8), "token_embedding.weight": torch.zeros(3, 4)}
+    found = load(tmp_path / "clip.pt", state, "tests.support.vits.Clip")
+    expected = tower.backbone.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.backbone.state_dict().items())

@@ -236,7 +236,7 @@ def test_dropout_and_drop_path_are_handed_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("timm/resnet5O", "is not a timm model; the nearest are timm/resnet50"),
+        ("timm/resnet5O", r"is not a timm model; the nearest are timm/resnet50.* \(weights of the first: a1_in1k, "),
         ("timm/resnet50.a1_in1k", "set model.image.name to timm/resnet50 and model.image.weights to a1_in1k"),
         ("google/vit", "google/ is no family of models: take torchvision/, timm/"),
         ("test_vit", "one of timm's is timm/test_vit"),
