@@ -17,7 +17,7 @@ SOUP = (
     "average the weights of these checkpoints; with greedy, or greedy:STEP,STEP, only of those, from the best one on, "
     "that do not lower recall on the run's data.val"
 )
-OPTIONS = ("run", "step", "soup", "to", "python")
+OPTIONS = ("run", "step", "soup", "to", "crop", "python")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, help=f"{', '.join(TARGETS)}")
     parser.add_argument("--step", default="", help="best, or a number of steps; default: the newest checkpoint")
     parser.add_argument("--soup", default="", metavar="STEP,STEP", help=SOUP)
+    parser.add_argument("--crop", type=float, help="data.eval_crop of what is exported; default: as in the run")
     parser.add_argument("--python", default="", help="open_clip: an interpreter that has it; default: this one")
     parser.add_argument("out", metavar="OUT", help="directory that is not there yet")
     return parser
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listed = options.soup.removeprefix("greedy").removeprefix(":") if greedily else options.soup
         soup = listed.split(",") if listed else []
         target = find_target(options.to, options.python)
-        source = load_source(options.run, options.step, soup, greedily=greedily)
+        source = load_source(options.run, options.step, soup, greedily=greedily, crop=options.crop)
         lines = in_words(source.tried) + export(source, target, Path(options.out))
     except ValueError as error:
         print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)

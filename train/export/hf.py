@@ -27,7 +27,7 @@ from train.export.apart import embed_apart
 from train.export.card import model_card
 from train.export.files import write_tokenizer
 from train.export.pairs import ROUGH_TIE, Features
-from train.export.recipe import check_recipe, refuse, stock_tensors
+from train.export.recipe import check_recipe, has_bias, refuse, stock_tensors
 from train.export.source import Source
 from train.export.target import Target
 from train.model.names import DUAL_ENCODER, FLAT, outward, timm_name
@@ -61,6 +61,7 @@ class HfTarget(Target):
             "hf",
             {
                 "model.image.projection mlp": run.model.image.projection == "mlp",
+                "model.projection_bias true": has_bias(source, "image", "text"),
                 f"model.text.pooling {run.model.text.pooling}": run.model.text.pooling not in ("cls", "pooler"),
                 "loss.kind sigmoid, whose bias": run.loss.kind == "sigmoid",
             },

@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from train.export.apart import embed_apart
 from train.export.files import write_tokenizer
 from train.export.pairs import ROUGH_TIE, Features
-from train.export.recipe import check_recipe, refuse, stock_tensors
+from train.export.recipe import check_recipe, has_bias, refuse, stock_tensors
 from train.export.source import Source
 from train.export.target import Target
 from train.model.names import OPEN_CLIP, outward, timm_name
@@ -53,12 +55,18 @@ class OpenClipTarget(Target):
 
     def check(self, source: Source) -> None:
         check_recipe("open_clip", source)
+        if (share := source.config.data.eval_crop) != 1:
+            # It resizes the shorter side to the image size, and takes the middle.
+            raise ValueError(
+                f"data.eval_crop {share} cannot be expressed by the target open_clip: give `crop` 1 to export it "
+                "with all of the middle to look at; the target torch takes any model"
+            )
         encoder = source.model.text.encoder.config
         refuse(
             "open_clip",
             {
-                # It resizes the shorter side to the image size, and takes the middle.
-                f"data.eval_crop {source.config.data.eval_crop}": source.config.data.eval_crop != 1,
+                f"model.projection_bias true, with an embedding longer than the {source.model.text.width} features of "
+                "the text tower,": has_bias(source, "text") and source.model.text.width < source.config.model.embed_dim,
                 f"model.text.name of type {encoder.model_type}": encoder.model_type not in ENCODERS,
                 f"model.text.pooling {source.config.model.text.pooling}": source.model.text.pooling not in POOLERS,
                 # It takes this token for padding, wherever it is.
@@ -72,7 +80,7 @@ class OpenClipTarget(Target):
         (directory / TEXT / "config.json").write_bytes(source.model.text.config_file())
         write_tokenizer(source, directory)
         (directory / CONFIG).write_text(json.dumps(config(source, directory / TEXT), indent=2) + "\n")
-        tensors = outward(stock_tensors(source), OPEN_CLIP)
+        tensors = outward(without_text_bias(stock_tensors(source), source), OPEN_CLIP)
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(tensors, directory / "open_clip_model.safetensors")
 
@@ -86,6 +94,20 @@ class OpenClipTarget(Target):
         (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def without_text_bias(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """The pair's tensors with the bias of the text projection, which open_clip has none of, in the encoder's last norm.
+
+    What follows that norm is the pooling, which leaves a constant alone, and the projection W: for a constant c with
+    W c = b, adding c before W is adding b after it.
+    """
+    if (bias_D := tensors.pop("text_projection.bias", None)) is None:
+        return tensors
+    weight_DW, blocks = tensors["text_projection.weight"].double(), source.model.text.blocks
+    constant_W = torch.linalg.lstsq(weight_DW, bias_D.double().unsqueeze(1)).solution[:, 0]
+    name = f"text.{blocks[-1]}.output.LayerNorm.bias"
+    return tensors | {name: (tensors[name].double() + constant_W).float()}
+
+
 def config(source: Source, text: Path) -> dict[str, Any]:
     """open_clip's configuration; `text` is where the text encoder's config.json is."""
     run, model = source.config, source.model
@@ -94,6 +116,7 @@ def config(source: Source, text: Path) -> dict[str, Any]:
         "timm_model_pretrained": False,
         "timm_pool": "",  # its own
         "timm_proj": "mlp" if run.model.image.projection == "mlp" else "linear",
+        "timm_proj_bias": has_bias(source, "image"),
         "image_size": source.image_size,
     }
     text_cfg = {

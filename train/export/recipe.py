@@ -12,15 +12,19 @@ from train.model.names import timm_name
 def check_recipe(target: str, source: Source) -> None:
     """What no stock class has: raises ValueError with the first such field, for `target`."""
     model = source.config.model
-    projections = (model.image.projection, model.text.projection)
     problems = {
         f"model.image.name {model.image.name}": not timm_name(model.image.name),
         f"model.image.norm {model.image.norm}": model.image.norm == "group",
         "model.multiscale.fuse true": model.multiscale.enabled and model.multiscale.fuse,
-        "model.projection_bias true": model.projection_bias and projections != ("none", "none"),
         "model.text.projection mlp": model.text.projection == "mlp",
     }
     refuse(target, problems)
+
+
+def has_bias(source: Source, *towers: str) -> bool:
+    """Whether the projection of one of these towers ends in a bias."""
+    model = source.config.model
+    return model.projection_bias and any(getattr(model, tower).projection != "none" for tower in towers)
 
 
 def refuse(target: str, problems: dict[str, bool]) -> None:

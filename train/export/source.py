@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.samples.transforms import eval_transform
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, cli
 from train.checkpoint import TrainState
@@ -68,7 +69,9 @@ def preparation(data: DataConfig) -> list:
     return [data.evaluated_size, data.eval_crop, list(data.background), data.max_tokens]
 
 
-def load_source(run: str | Path, step: str = "", soup: Sequence[str] = (), *, greedily: bool = False) -> Source:
+def load_source(
+    run: str | Path, step: str = "", soup: Sequence[str] = (), *, greedily: bool = False, crop: float | None = None
+) -> Source:
     """The newest model of a run or that of a step, with averaged weights where the run has them.
 
     Args:
@@ -76,6 +79,7 @@ def load_source(run: str | Path, step: str = "", soup: Sequence[str] = (), *, gr
         step: `best`, or a number of steps.
         soup: several of them, whose weights are averaged alike.
         greedily: average only those of `soup`, or of all checkpoints where it is empty, that help held-out recall.
+        crop: `data.eval_crop` of the export; None: as in the run.
 
     Raises:
         ValueError: there is no such run or step, a checkpoint is damaged, or there is no held-out data to choose by.
@@ -108,6 +112,9 @@ def load_source(run: str | Path, step: str = "", soup: Sequence[str] = (), *, gr
     steps = [one.step for one in tried if one.kept] or list(paths)
     if len(paths) > 1:
         model.load_state_dict(mean_weights([load(step) for step in steps]))
+    if crop is not None:
+        given.data.eval_crop = crop
+        eval_transform(given.data)  # raises ValueError
     return Source(model.eval(), tokenizer, given, state, run, steps, config.optim.ema > 0, tried)
 
 

@@ -64,6 +64,10 @@ def read(name: str) -> Origin:
     origin.tensors |= own
     last = [f"{tower}_projection.{part}bias" for tower in ("image", "text") for part in ("", "fc2.")]
     biased = any(name in origin.tensors for name in last)
+    for tower in ("image", "text"):
+        weight_DW = origin.tensors.get(f"{tower}_projection.weight")
+        if biased and weight_DW is not None:  # here both have one or none has
+            origin.tensors.setdefault(f"{tower}_projection.bias", torch.zeros(len(weight_DW)))
     fields["model.projection_bias"] = (biased,)
     for tower in ("image", "text"):
         fields[f"model.{tower}.projection"] = _projections(origin.tensors, f"{tower}_projection")
@@ -78,7 +82,7 @@ def _projections(tensors: Mapping[str, Tensor], name: str) -> Sequence[str]:
 
 
 def _timm_tower(vision: Mapping[str, Any], given: str) -> dict[str, Sequence[Any]]:
-    name, proj = vision["timm_model_name"], vision.get("timm_proj") or "none"
+    name, proj = vision["timm_model_name"], vision.get("timm_proj", "linear")  # "": timm's own classifier
     if proj not in ("linear", "mlp", "none"):
         raise ValueError(f"{given}: timm_proj {proj} of its vision_cfg has no words here")
     if vision.get("timm_pool") in ("abs_attn", "rot_attn"):

@@ -12,6 +12,8 @@ from tests.support.checkpoints import write_run
 from tests.support.open_clip import interpreter
 from train.config import RunConfig
 from train.export.__main__ import main
+from train.export.open_clip import OpenClipTarget
+from train.export.source import load_source
 
 CLASSIFY = """
 import sys
@@ -38,6 +40,7 @@ def test_open_clip_loads_it_from_where_it_was_put(
     config: RunConfig, tmp_path: Path, python: str, capsys, kind, projection
 ) -> None:
     model = replace(config.model, image=replace(config.model.image, projection=projection))
+    model.projection_bias = kind == "sigmoid"
     given = replace(config, model=model, loss=replace(config.loss, kind=kind), runs_dir=str(tmp_path / "runs"))
     run, out = write_run(given, steps=1), tmp_path / "out"
     assert main(["--run", str(run), "--to", "open_clip", "--python", python, str(out)]) == 0
@@ -53,7 +56,11 @@ def test_a_crop_that_open_clip_does_not_make_is_refused(config: RunConfig, tmp_p
     given = replace(config, data=replace(config.data, eval_crop=0.875), runs_dir=str(tmp_path / "runs"))
     run = write_run(given, steps=1)
     assert main(["--run", str(run), "--to", "open_clip", str(tmp_path / "out")]) == 2
-    assert "--data.eval_crop 0.875 cannot be expressed by the target open_clip" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--data.eval_crop 0.875 cannot be expressed by the target open_clip: give --crop 1" in said
+    assert main(["--run", str(run), "--to", "open_clip", "--crop", "2", str(tmp_path / "out")]) == 2
+    assert "data.eval_crop is 2.0: a share above 0" in capsys.readouterr().err
+    OpenClipTarget().check(load_source(run, crop=1.0))
 
 
 def test_an_interpreter_without_open_clip_is_said(run: Path, tmp_path: Path, capsys) -> None:

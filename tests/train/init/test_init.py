@@ -141,6 +141,20 @@ def test_all_fields_that_do_not_fit_are_said_at_once_and_these_fit(
     assert fitting.model.image.name == "resnet18" and fitting.model.embed_dim == 16
 
 
+def test_biases_come_through_open_clip_which_has_none_for_texts(trained: RunConfig, tmp_path: Path) -> None:
+    model = replace(trained.model, projection_bias=True, image=replace(trained.model.image, projection="mlp"))
+    config = replace(trained, model=model, runs_dir=str(tmp_path / "runs"))
+    source = load_source(write_run(config, steps=1))
+    (tmp_path / "form").mkdir()
+    with torch.no_grad():
+        OpenClipTarget().write(source, tmp_path / "form")
+    again = replace(config, init=f"open_clip:{tmp_path / 'form'}")
+    found = started(again)
+    assert found.text_projection.bias.abs().sum() == 0 < source.model.text_projection.bias.abs().sum()
+    for actual_ND, expected_ND in zip(encoded(found, again), encoded(source.model, config), strict=True):
+        torch.testing.assert_close(actual_ND, expected_ND, rtol=0, atol=1e-5)
+
+
 def test_what_is_fresh_and_what_is_left_is_said(trained: RunConfig, forms: dict[str, str]) -> None:
     config = cli.load(Path(trained.runs_dir) / trained.name / "config.yaml")
     config.init, config.loss.kind = forms["open_clip"], "sigmoid"

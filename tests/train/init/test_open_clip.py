@@ -17,13 +17,14 @@ from train.model.pair import build_model
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 90, "width": 32, "heads": 2, "layers": 2}
+KINDS: dict = {"plain": {}, "custom": {}, "siglip": {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}}
 SAVE = """
 import json, sys
 import open_clip, torch
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import load_file, save_file
 
-directory, custom = sys.argv[1], sys.argv[2] == "custom"
+directory, custom = sys.argv[1], sys.argv[2] != "plain"
 content = json.load(open(f"{directory}/open_clip_config.json"))
 torch.manual_seed(3)
 made = (CustomTextCLIP if custom else CLIP)(**content["model_cfg"])
@@ -45,10 +46,10 @@ save_file({"image": image, "text": text, "scale": model.logit_scale.detach().res
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "custom"])
+@pytest.mark.parametrize("kind", ["plain", "custom", "siglip"])
 def test_embeddings_are_those_of_open_clip(kind: str, tmp_path: Path) -> None:
     content = {
-        "model_cfg": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+        "model_cfg": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT | KINDS[kind]},
         "preprocess_cfg": {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.2]},
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
@@ -59,6 +60,8 @@ def test_embeddings_are_those_of_open_clip(kind: str, tmp_path: Path) -> None:
     ids_BL[torch.arange(16) == lengths_B1 - 1] = 89  # the end of the text
     mask_BL = (torch.arange(16) < lengths_B1).long()
     ids_BL = ids_BL * mask_BL
+    if kind == "siglip":  # reads its padding
+        mask_BL = torch.ones_like(mask_BL)
     config = cli.parse(["--data.image_size=32", "--data.max_tokens=16", f"--init=open_clip:{tmp_path}"])
     config.model.image.name = "tests.support.vits.Clip"
     config.model.text.tokenizer = str(write_clip_tokenizer(tmp_path / "tokenizer"))
@@ -73,6 +76,7 @@ def test_embeddings_are_those_of_open_clip(kind: str, tmp_path: Path) -> None:
         open_origin(config)
     assert f"model.text.name {tmp_path} " in str(caught.value) and "model.embed_dim 24" in str(caught.value)
     config.model.text.name, config.model.text.pooling, config.model.embed_dim = str(tmp_path), "last", 24
+    config.model.projection_bias = kind == "siglip"
     model = build_model(config, mean, std, pretrained=False).eval()
     lines = fill(model, open_origin(config), config)
     assert not [line for line in lines if line.startswith("fresh")], lines
@@ -80,4 +84,4 @@ def test_embeddings_are_those_of_open_clip(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(images_BCHW), expected["image"], rtol=0, atol=1e-6)
         torch.testing.assert_close(model.encode_text(ids_BL, mask_BL), expected["text"], rtol=0, atol=1e-6)
-    assert torch.equal(model.log_scale.detach(), expected["scale"])
+    assert torch.equal(model.log_scale.detach(), expected["scale"]) and model.text.reads_padding == (kind == "siglip")
