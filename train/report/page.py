@@ -20,6 +20,7 @@ from data_pipeline.storage.redaction import redact_urls
 from train import cli
 from train.config import RunConfig
 from train.evaluation import find_task
+from train.evaluation.beside import beside
 from train.evaluation.retrieval import RECALL_AT
 from train.evaluation.suite import NO_HELD_OUT
 from train.report.confusion import confusion_table
@@ -29,6 +30,9 @@ from train.report.plots import DIRECTIONS, draw_plots
 from train.run.records import read_history
 
 DIRECTORY = "report"
+ATTRIBUTION = "ATTRIBUTION.md"
+MOST_ATTRIBUTION = 10_000
+"""Letters of it on the page."""
 HERE = Path(__file__).parent
 SHARPNESS = 1.5
 """Pixels of a plot for each pixel of the page."""
@@ -99,6 +103,7 @@ def write_report(
         confusions=_confusions(exhibit, tasks),
         plots=_plots(directory),
         numbers=_numbers(metrics) + "".join(_task_numbers(name, one["metrics"]) for name, one in tasks.items()),
+        sources=_sources(exhibit),
         facts="".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in facts),
         yaml=escape(cli.to_yaml(config)),
         script=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>" if shown else "",
@@ -177,6 +182,15 @@ def _confusions(exhibit: Exhibit | None, tasks: dict[str, Any]) -> str:
     return "".join(sections)
 
 
+def _sources(exhibit: Exhibit | None) -> str:
+    """Whose images these are, where a file beside the data says so."""
+    said = beside(exhibit.sets[0].manifest.path, ATTRIBUTION) if exhibit else None
+    if said is None:
+        return ""
+    text = said.read_text(encoding="utf-8", errors="replace")[:MOST_ATTRIBUTION]
+    return f"<section><h2>Where the images come from</h2><pre>{escape(text)}</pre></section>"
+
+
 def _plots(directory: Path) -> str:
     sections = []
     for title, name, words in PLOTS:
@@ -218,7 +232,7 @@ def _numbers(metrics: dict[str, float]) -> str:
     heads = "".join(f"<th>{name}</th><th>chance</th>" for _, name in DIRECTIONS)
     counts = f"{metrics['n_images']:,.0f} images, {metrics['n_texts']:,.0f} texts, {metrics['n_bad']:.0f} unreadable"
     table = f"<table class=numbers><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
-    return f"<section><h2>Held-out retrieval</h2>{table}<p>{counts}</p></section>"
+    return f'<section><h2>Held-out retrieval</h2><div class="scroll">{table}</div><p>{counts}</p></section>'
 
 
 def _task_numbers(name: str, metrics: dict[str, float]) -> str:
@@ -273,6 +287,7 @@ $exhibit
 $confusions
 $plots
 $numbers
+$sources
 <section><h2>The run</h2><table>$facts</table>
 <details><summary>Full configuration</summary><pre>$yaml</pre></details></section>
 </main>$script</body></html>

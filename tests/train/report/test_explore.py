@@ -180,6 +180,7 @@ def test_the_sheet_holds_each_image_in_its_cell(tmp_path, manifest):
 
 def test_captions_cannot_become_markup(tmp_path, manifest):
     (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "data" / "ATTRIBUTION.md").write_text(f"drawn by {EVIL}")
     given_to = shown(manifest)
     given_to.sets[0].features.captions[0] = EVIL
     given_to.queries[2] = Query(EVIL, "caption")
@@ -191,6 +192,7 @@ def test_captions_cannot_become_markup(tmp_path, manifest):
         "</script><script", ""
     )
     content = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    assert "drawn by &lt;/script&gt;&lt;img" in text
     assert json.loads(content)["queries"][2]["t"] == EVIL and json.loads(content)["items"][0]["t"] == EVIL
     source = (Path(exhibit.__file__).parent / "page.js").read_text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", source)
