@@ -66,6 +66,8 @@ def test_what_is_drawn_depends_on_seed_and_key_alone():
     other.images_BCHW, other.keys = other.images_BCHW.flip(0), other.keys[::-1]
     again = Corruption("noise", 3, 0)(other).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(whole, again[::-1])
+    other.images_BCHW[:] = 128
+    assert len(np.unique(Corruption("noise", 3, 0)(other).numpy(), axis=0)) == 3, "each image has its own"
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
