@@ -56,7 +56,11 @@ class MicroBatch(_Batch):
     text_ids_B: Tensor | None = None
     """int64: equal numbers are the same caption tokens."""
     digest: int = 0
-    """Summed over the global batch, modulo 2^64, it tells which sample was in which row."""
+    """Summed over the global batch, modulo 2^64, it tells which sample was in which row, by name."""
+    content: int = 0
+    """As `digest`, by the content of the shards: other bytes under the same names make another number."""
+    sources: list[int] = field(default_factory=list)
+    """One per row: which source it comes from; 0 in a stream."""
     views_BCHW: Tensor | None = None
     """A second augmentation of the same images; where Extras ask for it."""
     masked_BL: Tensor | None = None

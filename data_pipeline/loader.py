@@ -24,14 +24,24 @@ from data_pipeline.stages.evaluation import EvalSource
 from data_pipeline.stages.readers import IndexedSource, RawReader, Readers
 from data_pipeline.stages.slots import share_of
 from data_pipeline.stages.stream import StreamDecode, StreamSource
-from data_pipeline.stages.workers import WorkerLoader
+from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
 
-__all__ = ["EvalBatch", "Extras", "MicroBatch", "eval_loader", "sample_loader", "stream_loader", "train_loader"]
+__all__ = [
+    "EvalBatch",
+    "Extras",
+    "LoaderFailure",
+    "MicroBatch",
+    "Patience",
+    "eval_loader",
+    "sample_loader",
+    "stream_loader",
+    "train_loader",
+]
 
-NO_EXTRAS = Extras()
+NO_EXTRAS, FOR_EVER = Extras(), Patience()
 
 
 def train_loader(
@@ -48,6 +58,7 @@ def train_loader(
     stop_step: int,
     stages: Sequence[Callable[[dict], dict]] = (),
     extras: Extras = NO_EXTRAS,
+    patience: Patience = FOR_EVER,
 ) -> Iterable[MicroBatch]:
     """The micro-batches of this rank for steps [start_step, stop_step), in order.
 
@@ -57,6 +68,7 @@ def train_loader(
     stages: callables that take and give back a decoded sample: a dict with "image" (uint8 tensor [3, H, W]), "caption"
     (str), "__key__", "cls", and "rng", the random.Random to draw from.
     extras: second views and hidden words, by seeds of their own: all else is as without them.
+    patience: how long is waited for a micro-batch; where its loader process hangs or dies, LoaderFailure is raised.
     Raises ValueError where the batch cannot be shared out; while iterating, for a shard that is not the manifest's.
     """
     share = share_of(rank, world, order.batch, micro_batch, start_step, stop_step)
@@ -66,6 +78,7 @@ def train_loader(
         Collate(tokenizer, extras),
         micro_batch,
         stages,
+        patience,
         IndexedSource(readers, order, share, seed),
         webdataset.map(DecodeOrReplace(Decode(config, extras), readers)),
     )
@@ -84,6 +97,7 @@ def stream_loader(
     stop_step: int,
     stages: Sequence[Callable[[dict], dict]] = (),
     extras: Extras = NO_EXTRAS,
+    patience: Patience = FOR_EVER,
 ) -> Iterable[MicroBatch]:
     """As train_loader, for shards without a manifest: data.train is a pattern of shard urls, read from front to back.
 
@@ -104,11 +118,16 @@ def stream_loader(
     share = share_of(rank, world, global_batch, micro_batch, start_step, stop_step)
     source = StreamSource(urls, stream_seed(seed, start_step), rank, world)
     decode = StreamDecode(Decode(config, extras), share, source.seed)
-    return _pipeline(config, Collate(tokenizer, extras), micro_batch, stages, source, decode)
+    return _pipeline(config, Collate(tokenizer, extras), micro_batch, stages, patience, source, decode)
 
 
 def _pipeline(
-    config: DataConfig, collate: Collate, micro_batch: int, stages: Sequence[Callable], *decoded: Callable
+    config: DataConfig,
+    collate: Collate,
+    micro_batch: int,
+    stages: Sequence[Callable],
+    patience: Patience,
+    *decoded: Callable,
 ) -> WorkerLoader:
     """`decoded` (a source and the stages that decode), the stages of the user, and batching, as one pipeline."""
     pipeline = webdataset.DataPipeline(
@@ -116,7 +135,7 @@ def _pipeline(
         *[webdataset.map(UserStage(stage)) for stage in stages],
         webdataset.batched(micro_batch, collation_fn=collate, partial=False),
     )
-    return WorkerLoader(pipeline, workers=config.workers, prefetch=config.prefetch)
+    return WorkerLoader(pipeline, workers=config.workers, prefetch=config.prefetch, patience=patience)
 
 
 def eval_loader(

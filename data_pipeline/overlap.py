@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.samples.image import IMAGE_EXTENSIONS
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS
+from data_pipeline.storage.kept_index import read_index
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import is_remote
-from data_pipeline.storage.tar_index import Entry, read_index
+from data_pipeline.storage.tar_index import Entry
 
 MOST_SAMPLES = 2_000_000
 """Larger training sets are not looked at."""

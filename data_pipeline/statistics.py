@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.samples.image import (
-    IMAGE_EXTENSIONS,
     MAX_PIXELS,
     RGB,
     BadSample,
@@ -26,6 +25,7 @@ from data_pipeline.samples.image import (
     open_image,
     oriented_size,
 )
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS, MOST_BYTES
 from data_pipeline.samples.text import CAPTIONS, WHOLE, has_several_lines, split
 from data_pipeline.storage.manifest import Shard
 from data_pipeline.storage.shards import ShardReader
@@ -103,7 +103,7 @@ def shard_statistics(
     select some of its samples.
     Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, not counted.
     """
-    moments, reader = Moments(), ShardReader(path, shard)
+    moments, reader = Moments(), ShardReader(path, shard, MOST_BYTES)
     histograms: dict[str, Counter[int]] = {name: Counter() for name in _HISTOGRAMS}
     hashes: dict[str, list[str]] = {"image": [], "caption": []}
     classes: Counter[str] = Counter()

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from data_pipeline.commands.parallel import cores, positive, run_parallel
 from data_pipeline.samples.text import LINES, WHOLE
 from data_pipeline.statistics import merge_statistics, shard_statistics
-from data_pipeline.storage.files import measure, put_in_place, take_lock
+from data_pipeline.storage.files import put_in_place, take_lock
+from data_pipeline.storage.kept_index import read_hashed
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
 from data_pipeline.storage.redaction import address, redact_urls
-from data_pipeline.storage.remote import attempt, expand, filesystem, is_remote
-from data_pipeline.storage.tar_index import EmptyTar, read_index
+from data_pipeline.storage.remote import attempt, expand, fetch_file, filesystem, is_remote
+from data_pipeline.storage.tar_index import EmptyTar
 
 EMPTY = ": an empty tar"
 """How the fault of a shard ends that has nothing in it to lose."""
@@ -271,7 +272,7 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
             local = Path(own, PurePosixPath(address(url)).name)
 
             def fetch() -> str:
-                system.get_file(remote, str(local))
+                fetch_file(system, remote, str(local), stamp[0])
                 size = local.stat().st_size
                 return "" if stamp[0] in (None, size) else f"{size} of its {stamp[0]} bytes came"
 
@@ -287,11 +288,9 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
 
 
 def _measured(url: str, path: str, stamp: list[Any], caption_rule: str) -> dict[str, Any]:
-    samples = len(read_index(path))
-    with open(path, "rb") as file:
-        size, digest = measure(file)
+    entries, digest = read_hashed(path)
     return {
-        "shard": {"url": url, "nsamples": samples, "filesize": size, "sha256": digest},
+        "shard": {"url": url, "nsamples": len(entries), "filesize": Path(path).stat().st_size, "sha256": digest},
         "stamp": stamp,
         "captions": caption_rule,
         "statistics": shard_statistics(path, caption_rule=caption_rule),

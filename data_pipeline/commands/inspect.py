@@ -15,12 +15,12 @@ from data_pipeline.commands.parallel import positive
 from data_pipeline.config import DataConfig
 from data_pipeline.overlap import overlap
 from data_pipeline.samples.image import BadSample, decode_image
+from data_pipeline.samples.limits import MOST_BYTES
 from data_pipeline.samples.text import CAPTIONS, LINES, WHOLE, check_captions, pick_caption, split
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.storage.remote import is_remote
-from data_pipeline.storage.shards import ShardReader
 
 CELL = 192
 """Side of a picture on the sheet, in pixels."""
@@ -200,7 +200,7 @@ def _spaced(manifest: Manifest, config: DataConfig, count: int) -> list[dict[str
         inside = [position - start for position in wanted if start <= position < start + shard.nsamples]
         start += shard.nsamples
         if inside:
-            reader = ShardReader(store.local(shard), shard)
+            reader = store.open(shard, MOST_BYTES)
             samples += [reader.raw(position) | {CAPTIONS: manifest.captions} for position in inside]
             reader.close()
     return samples

@@ -11,13 +11,13 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import Position, sequential
-from data_pipeline.samples.image import IMAGE_EXTENSIONS
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS
 from data_pipeline.samples.text import WHOLE
 from data_pipeline.stages.readers import RawReader, Readers
 from data_pipeline.storage.files import files_below, measure, read_file, sha256_of
+from data_pipeline.storage.kept_index import read_index
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest
 from data_pipeline.storage.remote import expand, is_remote
-from data_pipeline.storage.tar_index import read_index
 
 
 class Input(ABC):

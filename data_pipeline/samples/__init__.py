@@ -1,7 +1,6 @@
 """Bytes -> one decoded sample. What imports torch (transforms, masking) is imported from its own file."""
 
 from data_pipeline.samples.image import (
-    IMAGE_EXTENSIONS,
     MAX_PIXELS,
     RGB,
     BadSample,
@@ -10,6 +9,7 @@ from data_pipeline.samples.image import (
     open_image,
     oriented_size,
 )
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS
 from data_pipeline.samples.text import captions, encodable, name_bytes, split
 
 __all__ = [

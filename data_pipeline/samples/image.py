@@ -17,7 +17,6 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 

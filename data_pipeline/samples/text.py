@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_pipeline.config import CaptionConfig
-from data_pipeline.samples.image import IMAGE_EXTENSIONS, BadSample
+from data_pipeline.samples.image import BadSample
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS, MOST_BYTES
 
 CAPTIONS = "__captions__"
 """Key of a raw sample: how its data set's manifest says that a text of several lines is read; without it, WHOLE."""
@@ -23,10 +24,11 @@ def split(raw: dict, *, needs_caption: bool = True) -> tuple[bytes, list[str], s
 
     Raises BadSample; for a sample without captions only where they are needed.
     """
-    image = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
-    if image is None:
+    name = next((extension for extension in IMAGE_EXTENSIONS if extension in raw), None)
+    if name is None:
         members = ", ".join(sorted(name for name in raw if not name.startswith("__"))) or "none"
         raise BadSample(f"no image member ({', '.join(IMAGE_EXTENSIONS)}); its members: {members}")
+    image = _read(raw[name], name)
     label = _text(raw["cls"], "cls").strip() if "cls" in raw else None
     texts = captions(raw)
     if needs_caption and not texts:
@@ -75,7 +77,7 @@ def _found(raw: dict) -> list[str]:
         listed, single = _described(described)
     except BadSample:
         # Beside a text the json member may be anything, unless it was to list captions.
-        if _LISTED.search(described) or not "".join(written).strip():
+        if isinstance(described, int) or _LISTED.search(described) or not "".join(written).strip():
             raise
         return written
     return [*listed, *written, *single]
@@ -91,7 +93,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _described(data: bytes) -> tuple[list[str], list[str]]:
+def _described(data: bytes | int) -> tuple[list[str], list[str]]:
     """The captions that the json member lists, and the one that it has as a single text. Raises BadSample."""
     try:
         content = json.loads(_text(data, "json"))
@@ -109,9 +111,16 @@ def _described(data: bytes) -> tuple[list[str], list[str]]:
     return listed, single
 
 
-def _text(data: bytes, member: str) -> str:
+def _read(data: bytes | int, member: str) -> bytes:
+    """The content of a member; an int is the size of one that was not read, as it is over the limit."""
+    if isinstance(data, int):
+        raise BadSample(f"the {member} member has {data:,} bytes, the limit is {MOST_BYTES[member]:,}")
+    return data
+
+
+def _text(data: bytes | int, member: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return _read(data, member).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(f"the {member} member is not UTF-8: {error}") from error
 

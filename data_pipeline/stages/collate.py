@@ -39,6 +39,8 @@ class Collate:
             image_ids_B=image_ids(keys),
             text_ids_B=text_ids(ids_BL, mask_BL),
             digest=order_digest([slot.row for slot in slots], keys),
+            content=order_digest([slot.row for slot in slots], [slot.content for slot in slots]),
+            sources=[slot.place.source if slot.place else 0 for slot in slots],
             views_BCHW=stacked([sample["view"] for sample in samples]) if self.extras.second_view else None,
             masked_BL=masked_BL,
             targets_BL=targets_BL,

@@ -8,17 +8,16 @@ from typing import Any, Protocol
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import Mixture, Moved, Order
+from data_pipeline.samples.limits import MOST_BYTES
 from data_pipeline.samples.text import CAPTIONS
 from data_pipeline.seeds import sample_seed
-from data_pipeline.stages.slots import NAME, SLOT, Share, Slot, shard_names
-from data_pipeline.stages.workers import of_this_worker
+from data_pipeline.stages.slots import NAME, SHA256, SLOT, Share, Slot, shard_names
+from data_pipeline.stages.workers import at, of_this_worker
 from data_pipeline.storage.cache import open_store
-from data_pipeline.storage.manifest import Manifest, Shard
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.redaction import address
 from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.shards import ShardReader
-
-OPENINGS = 10
-"""Times that a remote shard is fetched while other processes push it out of the cache before it is open."""
 
 
 class RawReader(Protocol):
@@ -39,8 +38,11 @@ class Readers:
 
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:
         """One raw sample. Raises ValueError naming a shard that is missing, damaged or not the manifest's."""
+        at(f"shard {address(self.manifests[source].shards[shard].url)}, sample {index}")
         raw = self._reader(source, shard).raw(index)
-        return raw | {CAPTIONS: self.manifests[source].captions, NAME: self._names[source][shard]}
+        at(f"shard {address(raw['__shard__'])}, sample {index} ({raw['__key__']})")
+        of_shard = {NAME: self._names[source][shard], SHA256: self.manifests[source].shards[shard].sha256}
+        return raw | {CAPTIONS: self.manifests[source].captions} | of_shard
 
     def size(self, source: int, shard: int) -> int:
         """Samples of a shard."""
@@ -54,21 +56,9 @@ class Readers:
                 self._open.pop(gone).close()
             if len(self._open) >= self._limit:
                 self._open.popitem(last=False)[1].close()
-            self._open[at] = self._opened(self.manifests[source].shards[shard])
+            self._open[at] = self._store.open(self.manifests[source].shards[shard], MOST_BYTES)
         self._open.move_to_end(at)
         return self._open[at]
-
-    def _opened(self, shard: Shard) -> ShardReader:
-        for _ in range(OPENINGS):
-            try:
-                return ShardReader(self._store.local(shard), shard)
-            except (FileNotFoundError, ValueError) as error:
-                is_missing = FileNotFoundError in (type(error), type(error.__cause__))
-                if not (is_missing and is_remote(shard.url)):
-                    raise
-        raise ValueError(
-            f"shard {shard.url} left the cache {OPENINGS} times before it could be opened: raise data.cache_gb"
-        )
 
 
 class IndexedSource:

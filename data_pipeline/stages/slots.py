@@ -19,6 +19,8 @@ SLOT = "__slot__"
 """Key of a sample's Slot."""
 NAME = "__name__"
 """Key of a raw sample: what its shard is called."""
+SHA256 = "__sha256__"
+"""Key of a raw sample: the sha256 that its shard has; not in a stream."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Slot:
     """Where the sample was to be read; None in a stream."""
     name: str = ""
     """ "shard name/sample key" of the sample that was consumed."""
+    content: str = ""
+    """The same with the sha256 of the shard for its name, which is equal for equal bytes alone."""
     bad: list[dict] = field(default_factory=list)
     """Ledger records of the bad samples that this one replaces."""
 
@@ -48,6 +52,7 @@ class Slot:
     def take(self, raw: dict) -> None:
         """Record which sample is consumed here."""
         self.name = sample_name(raw)
+        self.content = f"{raw.get(SHA256, shard_name(raw))}/{raw['__key__']}"
         for record in self.bad:
             record["replaced_by"] = self.name
 

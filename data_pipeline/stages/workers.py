@@ -1,15 +1,23 @@
-"""Loader processes around a webdataset pipeline: they keep the order, pass errors on, and leave nothing behind."""
+"""Loader processes around a webdataset pipeline: they keep the order, pass errors on, and leave nothing behind.
+
+One that dies or hangs is named, with the sample that it was at: each writes that on a board that all of them share.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import itertools
+import math
 import os
 import pickle
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +26,40 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 T = TypeVar("T")
 HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else [])}
 """Signals that do not end a loader process. macOS cannot tell who sent a TERM, so there a TERM does."""
+POLL_SECONDS = 1.0
+"""How often it is seen, while waiting, whether all loader processes are alive and whether to wait on."""
+NOTE_BYTES = 1024
+_note: memoryview | None = None
+"""Where this loader process writes what it is at."""
+
+
+class LoaderFailure(RuntimeError):
+    """A loader process died, or made nothing within the time that it had."""
+
+
+def _wait_on() -> None:
+    """Nothing ends the waiting."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long is waited for the next item of a loader."""
+
+    seconds: float = math.inf
+    """After this, a LoaderFailure is raised."""
+    check: Callable[[], None] = _wait_on
+    """Called about every second meanwhile; may raise."""
+    stacks: str = ""
+    """A file for the stacks of a loader process that hangs; empty for none."""
+    remedy: str = ""
+    """What the caller's user can do where the time was too short."""
+
+
+def at(what: str) -> None:
+    """Note what this loader process is about to read, for the case that it never comes back."""
+    if _note is not None:
+        data = what.encode("utf-8", "replace")[: NOTE_BYTES - 1] + b"\0"
+        _note[: len(data)] = data
 
 
 def of_this_worker(items: Iterable[T]) -> Iterator[T]:
@@ -35,10 +77,13 @@ class _Failure:
 
 
 class _Guarded(IterableDataset):
-    """Yields what the pipeline yields; an exception becomes the last item, because torch would rewrite its message."""
+    """Yields what the pipeline yields; an exception becomes the last item, because torch would rewrite its message.
 
-    def __init__(self, pipeline: Iterable):
-        self.pipeline = pipeline
+    board: uint8 [workers, NOTE_BYTES] in shared memory.
+    """
+
+    def __init__(self, pipeline: Iterable, board: torch.Tensor, stacks: str):
+        self.pipeline, self.board, self.stacks = pipeline, board, stacks
 
     def __iter__(self) -> Iterator:
         try:
@@ -57,10 +102,15 @@ def _portable(error: Exception) -> Exception:
 
 
 def _start(worker: int) -> None:
+    global _note
     # torch ends a loader that hangs by TERM, which is blocked here.
     if signal.SIGTERM in HELD:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    guarded: Any = get_worker_info().dataset  # type: ignore[union-attr]
+    _note = memoryview(guarded.board[worker].numpy())
+    if guarded.stacks:
+        faulthandler.register(signal.SIGQUIT, open(guarded.stacks, "a"), all_threads=True)  # noqa: SIM115
 
 
 def _end_with_parent(parent: int) -> None:
@@ -75,35 +125,113 @@ class WorkerLoader:
 
     The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here
     as it was there. When the iterator ends, is closed or is forgotten, its processes end; or, where they are to be
-    kept for the next iteration, when this object does.
+    kept for the next iteration, when this object does. A process that dies, or makes nothing for as long as `patience`
+    says, ends the iterator by a LoaderFailure; then all of them are killed.
     """
 
-    def __init__(self, pipeline: Iterable, *, workers: int, prefetch: int, keep: bool = False):
+    def __init__(
+        self,
+        pipeline: Iterable,
+        *,
+        workers: int,
+        prefetch: int,
+        keep: bool = False,
+        patience: Patience = Patience(),
+    ):
         if workers < 0:
             raise ValueError(f"data.workers is {workers}: 0 (load in the training process) or more")
         if prefetch < 1:
             raise ValueError(f"data.prefetch is {prefetch}: at least 1 micro-batch")
+        self.workers, self.patience = workers, patience
+        self._board = torch.zeros(max(workers, 1), NOTE_BYTES, dtype=torch.uint8).share_memory_()
         self._loader: DataLoader[Any] = DataLoader(
-            _Guarded(pipeline),
+            _Guarded(pipeline, self._board, patience.stacks),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start,
             persistent_workers=keep and workers > 0,
             pin_memory=torch.cuda.is_available(),
+            timeout=POLL_SECONDS if workers else 0,
         )
 
     def __iter__(self) -> Iterator:
-        for item in self._started():
+        iterator = self._started()
+        for number in itertools.count():
+            try:
+                item = self._next(iterator, number)
+            except StopIteration:
+                return
+            except BaseException:
+                _kill(iterator)
+                raise
             if isinstance(item, _Failure):
+                del iterator  # with its processes; the traceback would keep it
                 raise item.error from RuntimeError(f"in the data loader:\n{item.trace}")
             yield item
+
+    def _next(self, iterator: Iterator, number: int) -> Any:
+        """The next item, which is that of this number."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(iterator)
+            except RuntimeError as error:
+                if "exited unexpectedly" in str(error):
+                    raise LoaderFailure(self._death(iterator)) from None
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            self.patience.check()
+            waited = time.monotonic() - began
+            if waited > self.patience.seconds:
+                raise LoaderFailure(self._hang(iterator, number % self.workers, waited))
+
+    def _death(self, iterator: Any) -> str:
+        dead = [(n, process) for n, process in enumerate(iterator._workers) if not process.is_alive()]
+        lines = [
+            f"loader process {n} (pid {process.pid}) "
+            + (f"was killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "ended")
+            + self._noted(n)
+            for n, process in dead
+        ]
+        killed = any(process.exitcode == -signal.SIGKILL for _, process in dead)
+        return "; ".join(lines) + ("; the kernel kills so when memory runs out" if killed else "")
+
+    def _hang(self, iterator: Any, worker: int, waited: float) -> str:
+        pid, stacks = iterator._workers[worker].pid, self.patience.stacks
+        state = ""
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if stacks:
+            os.kill(pid, signal.SIGQUIT)
+            time.sleep(0.5)
+        how = {"T": ", which is stopped,", "D": ", which waits for a device,"}.get(state, "")
+        where = f"; its stacks are in {stacks}" if stacks and state not in "TD" else ""
+        who = f"loader process {worker} (pid {pid}){how}"
+        return f"{who} has made nothing in {waited:.0f} s{self._noted(worker)}{where}{self.patience.remedy}"
+
+    def _noted(self, worker: int) -> str:
+        note = bytes(self._board[worker].numpy()).partition(b"\0")[0].decode("utf-8", "replace")
+        return f", at {note}" if note else ""
 
     def _started(self) -> Iterator:
         # Ctrl-C and SLURM's TERM reach the whole process group; the training process decides what happens, and stops
         # its loaders itself. They inherit the mask, so that neither signal ends one, however early it comes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        on_child = signal.getsignal(signal.SIGCHLD)
         try:
             return iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # torch's would raise in the middle of a step where a loader has died; here that is seen when an item is
+            # due, at the same place on all ranks.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, on_child)
+
+
+def _kill(iterator: Any) -> None:
+    """End the processes of an iterator that is given up: one that hangs would not hear of it."""
+    for process in getattr(iterator, "_workers", ()):
+        process.kill()
+    for process in getattr(iterator, "_workers", ()):
+        process.join(5)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import put_in_place, sha256_of, take_lock
 from data_pipeline.storage.manifest import Shard
-from data_pipeline.storage.remote import attempt, filesystem, is_remote
+from data_pipeline.storage.remote import attempt, fetch_file, filesystem, is_remote
+from data_pipeline.storage.shards import ShardReader
 
 # What may be deleted: the directory may hold files of others.
 _TAR = re.compile(r"[0-9a-f]{64}\.tar")
 _PART = re.compile(r"[0-9a-f]{64}\.[0-9]+\.part")
+OPENINGS = 10
+"""Times that a remote shard is fetched while it leaves the cache, or is damaged there, before it is open."""
 
 
 class Store:
@@ -30,6 +33,24 @@ class Store:
     def __init__(self, cache_dir: str | os.PathLike[str], cache_bytes: int, *, attempts: int = 5, backoff: float = 1.0):
         self.cache_dir, self.cache_bytes = Path(cache_dir).expanduser().absolute(), int(cache_bytes)
         self.attempts, self.backoff = attempts, backoff
+
+    def open(self, shard: Shard, limits: Mapping[str, int] | None = None) -> ShardReader:
+        """A reader of a shard; what was damaged in the cache is fetched again. Raises as `local` and ShardReader."""
+        for _ in range(OPENINGS):
+            path = self.local(shard)
+            try:
+                return ShardReader(path, shard, limits)
+            except (FileNotFoundError, ValueError):
+                if not is_remote(shard.url):
+                    raise
+                with suppress(FileNotFoundError):  # another process has made room for another shard
+                    if not _fault(Path(path), shard):
+                        raise
+                _drop(Path(path))
+        raise ValueError(
+            f"shard {shard.url} left the cache in {self.cache_dir}, or was damaged there, {OPENINGS} times before it "
+            f"could be opened: raise data.cache_gb, or see whether that disk is sound"
+        )
 
     def local(self, shard: Shard) -> str:
         """Path of a local file with the shard's bytes: size and sha256 of what was fetched are the manifest's.
@@ -60,7 +81,7 @@ class Store:
 
             def fetch() -> str:
                 self._make_room()
-                system.get_file(remote, str(part))
+                fetch_file(system, remote, str(part), shard.filesize)
                 return _fault(part, shard)
 
             if fault := attempt(fetch, self.attempts, self.backoff):
@@ -75,14 +96,13 @@ class Store:
             take_lock(lock)
             # A part's name says how large it will be: fetches at the same time count each other in full.
             excess = sum(_final_size(part) for part in self._files(_PART) if not _is_stale(part))
-            kept = sorted((path.stat().st_atime_ns, path) for path in self._files(_TAR))
+            kept = sorted((_last_use(path), path) for path in self._files(_TAR))
             excess += sum(path.stat().st_size for _, path in kept) - self.cache_bytes
             for _, path in kept:
                 if excess <= 0:
                     break
                 excess -= path.stat().st_size
-                path.unlink()
-                path.with_name(f"{path.name}.idx").unlink(missing_ok=True)
+                _drop(path)
 
     def _files(self, name: re.Pattern[str]) -> list[Path]:
         return [path for path in self.cache_dir.iterdir() if name.fullmatch(path.name)]
@@ -101,14 +121,33 @@ def _final_size(part: Path) -> int:
 def _touch(path: Path, filesize: int) -> bool:
     """Whether the cache holds the whole shard; marks it as just used."""
     try:
-        stat = path.stat()
-        if stat.st_size != filesize:
+        if path.stat().st_size != filesize:
             return False
-        # Finer than the clock that the system itself stamps files with. The index beside the shard holds by its mtime.
-        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
-        return True
     except FileNotFoundError:
         return False
+    # On the index beside it, which holds while the tar's own times stay. Finer than the clock that the system itself
+    # stamps files with.
+    with suppress(FileNotFoundError):
+        index = _index(path)
+        os.utime(index, ns=(time.time_ns(), index.stat().st_mtime_ns))
+    return True
+
+
+def _last_use(path: Path) -> int:
+    """When a shard of the cache was asked for last, in ns; when it came, where it has not been opened yet."""
+    with suppress(FileNotFoundError):
+        return _index(path).stat().st_atime_ns
+    return path.stat().st_mtime_ns
+
+
+def _drop(path: Path) -> None:
+    """Delete a shard of the cache, and its index."""
+    path.unlink(missing_ok=True)
+    _index(path).unlink(missing_ok=True)
+
+
+def _index(path: Path) -> Path:
+    return path.with_name(f"{path.name}.idx")
 
 
 @contextmanager

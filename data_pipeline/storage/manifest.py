@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.storage.files import write_atomically
+from data_pipeline.storage.files import BLOCK, write_atomically
 from data_pipeline.storage.redaction import address
-from data_pipeline.storage.remote import expand, filesystem, is_remote
+from data_pipeline.storage.remote import expand, is_remote, not_found, open_remote
 from data_pipeline.storage.selection import Selection
 
 FILE_NAME = "manifest.json"
 KIND = "wids-shard-index-v1"
 SELECTED_KIND = "duet-selected-samples-v1"
+MOST_BYTES = 1 << 30
+"""Of a remote manifest; a server may send without end."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,20 @@ def _read(url: str) -> bytes:
     try:
         if not is_remote(url):
             return Path(url).read_bytes()
-        system, path = filesystem(url)
-        return system.cat_file(path)
+        data = bytearray()
+        with open_remote(url) as file:
+            while block := file.read(BLOCK):
+                data += block
+                if len(data) > MOST_BYTES:
+                    raise ValueError(f"{url} is not a manifest: it has more than {MOST_BYTES:,} bytes")
+        return bytes(data)
     except ValueError:
         raise
     except FileNotFoundError as error:
-        command = f"python -m data_pipeline index {address(url).rpartition('/')[0]}"
-        raise ValueError(f"there is no manifest at {url}; make it with: {command}") from error
+        if not_found(error):
+            command = f"python -m data_pipeline index {address(url).rpartition('/')[0]}"
+            raise ValueError(f"there is no manifest at {url}; make it with: {command}") from error
+        raise ValueError(f"the manifest {url} could not be read: {error.__cause__}") from error
     except Exception as error:  # Each remote backend has exceptions of its own.
         raise ValueError(f"the manifest {url} could not be read: {type(error).__name__}: {error}") from error
 

@@ -59,6 +59,19 @@ def open_remote(url: str) -> IO[bytes]:
     return system.open(path, "rb", **({"block_size": 0} if url.lower().startswith("http") else {}))
 
 
+def fetch_file(system: Any, remote: str, path: str, most: int | None) -> None:
+    """Copy a remote file to a local path. Raises what its backend raises, and ValueError once more than `most` bytes
+    have come: a server may send without end."""
+    from fsspec.callbacks import Callback
+
+    class Bound(Callback):
+        def call(self, *_: Any, **__: Any) -> None:
+            if most is not None and self.value > most:
+                raise ValueError(f"more than the {most:,} bytes that it should have")
+
+    system.get_file(remote, path, callback=Bound())
+
+
 def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) -> str:
     """Run `action`, which returns what is wrong, until nothing is; returns the last fault, or "".
 
@@ -73,12 +86,17 @@ def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) 
             fault = action()
         except Exception as error:  # Each backend has exceptions of its own.
             fault = f"{type(error).__name__}: {error}"
-            # fsspec calls every answer of a web server but a file "not found", and keeps what it was as the cause.
-            if isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) == 404:
+            if not_found(error):
                 return fault
         if not fault:
             break
     return fault
+
+
+def not_found(error: Exception) -> bool:
+    """Whether a remote file is not there; fsspec says so of every answer of a web server but the file, and keeps what
+    it was as the cause."""
+    return isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) == 404
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

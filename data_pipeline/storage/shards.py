@@ -11,41 +11,59 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.storage.files import put_in_place
+from data_pipeline.storage.kept_index import read_hashed, read_index
 from data_pipeline.storage.manifest import Shard
-from data_pipeline.storage.tar_index import read_index, split_name
+from data_pipeline.storage.remote import is_remote
+from data_pipeline.storage.tar_index import split_name
+
+RESTORE = "restore it, or make the manifest again, with the same options: python -m data_pipeline index"
 
 
 class ShardReader:
     """Samples of one local tar by number.
 
-    path: the tar. shard: what its manifest says of it; a different size or number of samples is a ValueError. Where it
-    selects samples, only these count.
+    path: the tar. shard: what its manifest says of it; another size, number of samples or sha256 is a ValueError. Where
+    it selects samples, only these count.
+    limits: extension -> the largest member, in bytes, that is read; members of other extensions are not. None: all are.
     """
 
-    def __init__(self, path: str | os.PathLike[str], shard: Shard | None = None):
-        self.url = shard.url if shard else os.fspath(path)
+    def __init__(
+        self, path: str | os.PathLike[str], shard: Shard | None = None, limits: Mapping[str, int] | None = None
+    ):
+        self.url, self.limits = shard.url if shard else os.fspath(path), limits
         if shard:
             self._check("bytes", _filesize(path), shard.filesize)
-        self._entries = read_index(path)
-        if shard:
+            # A tar in the cache may have lost its content with the machine's power, whatever the index beside it says.
+            self._entries, sha256 = read_hashed(path, this_boot=is_remote(shard.url))
             self._check("samples", len(self._entries), shard.samples_in_tar)
+            self._check("as its sha256", sha256, shard.sha256)
+        else:
+            self._entries = read_index(path)
         self._selected = shard.selection.indices if shard and shard.selection else range(len(self._entries))
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._opened = self._stamp()
 
     def __len__(self) -> int:
         return len(self._selected)
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Sample `index`: "__key__" and "__shard__" (str), and the bytes of each member under its extension."""
+        """Sample `index`: "__key__" and "__shard__" (str), and the bytes of each member under its extension; of a
+        member that is not read its size, an int. Raises ValueError where the tar was changed since it was opened."""
         key, members = self._entries[int(self._selected[index])]
-        sample: dict[str, Any] = {"__key__": key, "__shard__": self.url}
+        if self._stamp() != self._opened:
+            raise ValueError(f"shard {self.url}: it ends early or was changed while in use: {RESTORE}")
+        sample: dict[str, Any] = {}
         for extension, (offset, size) in members.items():
+            if self.limits is not None and size > self.limits.get(extension, -1):
+                sample[extension] = size
+                continue
             # pread leaves no file position behind, so forked processes may share the reader.
             data = os.pread(self._file.fileno(), size, offset)
             if len(data) != size:
                 raise ValueError(f"shard {self.url}: {key}.{extension} ends early: the tar was changed while in use")
             sample[extension] = data
-        return sample
+        # Last, since a member may have such an extension.
+        return sample | {"__key__": key, "__shard__": self.url}
 
     @property
     def deleted(self) -> bool:
@@ -55,11 +73,15 @@ class ShardReader:
     def close(self) -> None:
         self._file.close()
 
-    def _check(self, what: str, found: int, stated: int) -> None:
+    def _stamp(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+    def _check(self, what: str, found: int | str, stated: int | str) -> None:
         if found != stated:
             raise ValueError(
                 f"shard {self.url} has {found} {what}, its manifest says {stated}: it is damaged or was replaced; "
-                f"restore it, or make the manifest again, with the same options: python -m data_pipeline index"
+                f"{RESTORE}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where in a tar shard its samples are: read from every header once, kept beside the shard.
+"""Where in a tar shard its samples are: read from every header.
 
 A sample is the members that share a key: the member's path up to the first dot of its file name; the rest is the
 extension, in lower case (webdataset's convention). A tar that is damaged or cut short is refused by name: reading on
@@ -7,12 +7,8 @@ past a bad header, as tar readers do, would silently lose samples.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
 import tarfile
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -23,8 +19,13 @@ BLOCK = 512
 """Bytes of a tar block: headers, and the unit that members are padded to."""
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 """How files begin that hold a tar, or the like, in another form."""
+MOST_HEADER = 1 << 20
+"""Bytes of a long name, or of the attributes of a member."""
+_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_INDEX_VERSION = 2
 
 
 class Entry(NamedTuple):
@@ -69,6 +70,17 @@ class Index(Sequence[Entry]):
         """What the constructor takes, as JSON can hold it."""
         return [self._keys, list(self._layouts), self._extensions, list(self._offsets), list(self._sizes)]
 
+    def fits(self, filesize: int) -> bool:
+        """Whether all columns go together, and all members are within a tar of this size."""
+        members = self._firsts[-1]
+        return (
+            isinstance(self._keys, list)
+            and len(self._keys) == len(self._layouts)
+            and all(isinstance(name, str) for names in (self._keys, *self._extensions) for name in names)
+            and members == len(self._offsets) == len(self._sizes)
+            and all(offset + size <= filesize for offset, size in zip(self._offsets, self._sizes, strict=True))
+        )
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -93,47 +105,27 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match[1], match[2].lower()
 
 
+class BoundedHeader(tarfile.TarInfo):
+    """A header that may be followed by a long name or by attributes, of at most MOST_HEADER bytes: tarfile reads them
+    at once, whatever their size."""
+
+    def _proc_member(self, archive):
+        if self.type in _HEADERS and self.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes, the limit is {MOST_HEADER:,}")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 class EmptyTar(ValueError):
     """A whole tar without any member."""
 
 
-def read_index(path: str | os.PathLike[str]) -> Index:
-    """The samples of a tar, in order; the index is kept beside it (`.idx`) where that can be written.
+def scan(path: Path) -> list[Entry]:
+    """The samples of a tar, in order, from its headers.
 
-    A whole tar ends with two blocks of zeros or more, whatever multiple of bytes its writer pads it to.
     Raises ValueError naming the tar: cut short, a damaged header, a member past its end, anything after its end, a link
     or device, a repeated key, no samples.
     """
-    path = Path(path)
-    try:
-        stat = path.stat()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no shard at {path}") from error
-    index_path = path.with_name(f"{path.name}.idx")
-    stamp = [_INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    index = _load_index(index_path, stamp)
-    if index is None:
-        index = Index.of(_scan(path, stat.st_size))
-        columns = json.dumps(index.columns(), separators=(",", ":"))
-        header = json.dumps([*stamp, zlib.crc32(columns.encode())])
-        with contextlib.suppress(OSError):  # Its checksum tells readers of a half-written one.
-            index_path.write_text(f"{header}\n{columns}\n", encoding="utf-8")
-    return index
-
-
-def _load_index(path: Path, stamp: list[int]) -> Index | None:
-    """The kept index, if there is one, it is whole, and it was made of the tar with this size and time."""
-    try:
-        header, columns, _ = path.read_text(encoding="utf-8").split("\n")
-        if json.loads(header) != [*stamp, zlib.crc32(columns.encode())]:
-            return None
-        return Index(*json.loads(columns))
-    except (OSError, ValueError):
-        return None
-
-
-def _scan(path: Path, filesize: int) -> list[Entry]:
-    """Read every header of a tar."""
+    filesize = path.stat().st_size
     entries: list[Entry] = []
     keys: set[str] = set()
     end = 0
@@ -177,7 +169,7 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
         if start.startswith(magic):
             raise ValueError(f"{path} is compressed ({form}), so no sample in it can be read alone: unpack it to .tar")
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             yield from tar
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is no whole tar: {error}") from error

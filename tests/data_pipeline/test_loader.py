@@ -103,7 +103,7 @@ def reference(manifests: Sequence[Manifest], tokenizer: Tokenizer, config: DataC
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_workers_and_ranks_give_the_rows_of_the_definition(
+def test_case_16_any_workers_and_ranks_give_the_rows_of_the_definition(
     manifest: Manifest, tokenizer: Tokenizer, workers: int, world: int
 ) -> None:
     torch.rand(300, 300) @ torch.rand(300, 300)  # threads of this process must not hang forked loaders
@@ -114,7 +114,7 @@ def test_any_workers_and_ranks_give_the_rows_of_the_definition(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_start_gives_the_same_tail(manifest: Manifest, tokenizer: Tokenizer, workers: int) -> None:
+def test_case_16_any_start_gives_the_same_tail(manifest: Manifest, tokenizer: Tokenizer, workers: int) -> None:
     whole = list(load([manifest], tokenizer))
     for start in (1, 5, 8):
         for world, rank in ((1, 0), (2, 1)):
@@ -162,7 +162,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_recorded(tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_data_without_a_good_sample_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+def test_case_10_data_without_a_good_sample_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     manifest = damaged(tmp_path, range(8))
     with pytest.raises(ValueError, match=r"^shard .*train-00000\d\.tar: not one of its samples can be used, nor of .+"):
         list(load([manifest], tokenizer, settings(workers)))

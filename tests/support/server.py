@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class Server(ThreadingHTTPServer):
-    """faults: what happens to the next GETs, one each: cut, short, flip, error. requests: paths of the GETs so far."""
+    """faults: what happens to the next GETs, one each: cut, short, flip, error, endless, stall. requests: paths of the
+    GETs so far. sent: bytes of endless bodies so far."""
 
     daemon_threads = True
 
@@ -18,6 +19,7 @@ class Server(ThreadingHTTPServer):
         self.directory, self.url = directory, f"http://127.0.0.1:{self.server_port}"
         self.faults: list[str] = []
         self.requests: list[str] = []
+        self.sent = 0
         self.delay = 0.0
         """Seconds between the first half of a body and the second."""
 
@@ -33,6 +35,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(500 if fault else 404)
             return
         data = bytearray(path.read_bytes())
+        if fault == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while self.server.sent < 1 << 30:
+                    self.wfile.write(bytes(1 << 20))
+                    self.server.sent += 1 << 20
+            return
         if fault == "flip":
             data[len(data) // 2] ^= 1
         if fault == "short":
@@ -46,6 +56,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self.connection.close()
             return
+        if fault == "stall":
+            time.sleep(3600)
         time.sleep(self.server.delay)
         self.wfile.write(data[half:])
 

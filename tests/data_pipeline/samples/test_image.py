@@ -46,7 +46,7 @@ def test_other_formats_are_refused_whatever_they_are_called(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"<svg></svg>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_garbage_is_refused(data: bytes) -> None:
+def test_case_09_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(BadSample):
         decode_image(data)
 
@@ -119,7 +119,7 @@ def test_the_first_frame_of_an_animation_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_size_is_checked_before_decoding() -> None:
+def test_case_09_size_is_checked_before_decoding() -> None:
     def bomb(width: int, height: int) -> bytes:
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         data = b"\x89PNG\r\n\x1a\n"
@@ -155,7 +155,7 @@ def test_a_reduced_jpeg_covers_the_target_and_looks_the_same(size: tuple[int, in
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_an_image_cut_anywhere_is_refused_or_whole(kind: str) -> None:
+def test_case_09_an_image_cut_anywhere_is_refused_or_whole(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     whole = decode_image(data)
@@ -170,7 +170,7 @@ def test_an_image_cut_anywhere_is_refused_or_whole(kind: str) -> None:
 
 @settings(max_examples=150)
 @given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), at=st.floats(0, 1), damage=st.binary(min_size=1, max_size=8))
-def test_damage_raises_nothing_but_bad_sample(kind: str, at: float, damage: bytes) -> None:
+def test_case_09_damage_raises_nothing_but_bad_sample(kind: str, at: float, damage: bytes) -> None:
     data = bytearray(encoded(picture(), kind))
     start = int(at * (len(data) - 1))
     data[start : start + len(damage)] = damage

@@ -69,7 +69,7 @@ def test_captions(raw: dict, expected: list[str]) -> None:
         ({"txt": b"caf\xe9"}, "txt member is not UTF-8"),
     ],
 )
-def test_bad_captions(raw: dict, cause: str) -> None:
+def test_case_09_bad_captions(raw: dict, cause: str) -> None:
     with pytest.raises(BadSample, match=cause):
         captions(raw)
 

@@ -56,7 +56,7 @@ def test_processes_that_push_each_others_shards_out_of_the_cache(manifest: Manif
     assert [process.exitcode for process in processes] == [0, 0, 0]
 
 
-def test_a_missing_local_shard_is_named_at_once(tmp_path: Path) -> None:
+def test_case_11_a_missing_local_shard_is_named_at_once(tmp_path: Path) -> None:
     shard = describe(write_tar(tmp_path / "a.tar", [("a.txt", b"text")]))
     Path(shard.url).unlink()
     with pytest.raises(ValueError, match=r"a\.tar of the manifest does not exist"):

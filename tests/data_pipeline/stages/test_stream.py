@@ -53,7 +53,7 @@ class Shell:
         return os.system, (self.command,)
 
 
-def test_a_stream_unpickles_nothing_and_opens_no_pipe(
+def test_case_17_a_stream_unpickles_nothing_and_opens_no_pipe(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     touched = tmp_path / "touched"

@@ -56,7 +56,7 @@ def test_local_paths_are_given_back_as_they_are(cache):
     "url",
     ["pipe:cat a.tar", "http://h/a.tar::http://h/b.tar", "ftp://h/a.tar", "file:///a.tar", "s3:/b/a", "cache::x"],
 )
-def test_addresses_off_the_allow_list_are_refused(url, cache):
+def test_case_17_addresses_off_the_allow_list_are_refused(url, cache):
     with pytest.raises(ValueError, match=r"(nothing is read from|joined by ::)"):
         store(cache).local(Shard(url, 1, 10240, "0" * 64))
 
@@ -74,7 +74,7 @@ def test_a_remote_shard_is_fetched_once_and_read(server, cache):
 
 
 @pytest.mark.parametrize("fault", ["cut", "short", "flip", "error"])
-def test_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, cache):
+def test_case_11_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, cache):
     shard = remote_shard(server)
     server.faults = [fault, fault]
     local = store(cache).local(shard)
@@ -92,7 +92,7 @@ def test_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, 
         ("error", "500"),
     ],
 )
-def test_a_fault_that_stays_names_the_shard_and_leaves_nothing(fault, words, server, cache):
+def test_case_11_a_fault_that_stays_names_the_shard_and_leaves_nothing(fault, words, server, cache):
     shard = remote_shard(server)
     server.faults = [fault] * 9
     with pytest.raises(ValueError, match=words) as error:
@@ -101,7 +101,7 @@ def test_a_fault_that_stays_names_the_shard_and_leaves_nothing(fault, words, ser
     assert len(server.requests) == 3 and files(cache) == set()
 
 
-def test_a_missing_shard_and_a_dead_server_are_named(server, cache):
+def test_case_11_a_missing_shard_and_a_dead_server_are_named(server, cache):
     shard = remote_shard(server)
     with pytest.raises(ValueError, match=r"nothere\.tar could not be fetched"):
         store(cache).local(replace(shard, url=f"{server.url}/nothere.tar"))
@@ -160,7 +160,7 @@ def test_a_shard_larger_than_the_cache_is_refused(server, cache):
     assert server.requests == []
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_again(server, cache):
+def test_case_11_a_damaged_file_in_the_cache_is_fetched_again(server, cache):
     shard = remote_shard(server)
     local = store(cache).local(shard)
     os.truncate(local, 512)

@@ -12,8 +12,9 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.storage.kept_index import read_index
 from data_pipeline.storage.shards import ShardReader
-from data_pipeline.storage.tar_index import Entry, read_index, split_name
+from data_pipeline.storage.tar_index import Entry, split_name
 from tests.support.tars import (
     LONG,
     SAMPLES,

@@ -25,7 +25,7 @@ from tests.support.tars import (
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_tar_cut_at_any_block_is_refused_by_name(write, tmp_path):
+def test_case_07_a_tar_cut_at_any_block_is_refused_by_name(write, tmp_path):
     """With its manifest always; without one unless the cut is behind the two blocks of zeros that end the archive."""
     samples = [(f"{number:03d}", {"jpg": os.urandom(1500), "txt": b"c"}) for number in range(7)]
     data = write(tmp_path / "whole.tar", samples).read_bytes()
@@ -86,7 +86,7 @@ def header_bytes(data):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_no_single_bit_of_a_header_changes_what_is_read(write, tmp_path):
+def test_case_07_no_single_bit_of_a_header_changes_what_is_read(write, tmp_path):
     path = write(tmp_path / "flipped.tar", [("000", {"txt": b"a"}), ("001", {"txt": b"b"})])
     data = path.read_bytes()
     whole = contents(path)
@@ -111,7 +111,7 @@ def test_no_single_bit_of_a_header_changes_what_is_read(write, tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_damage_in_long_names_is_refused_or_leaves_samples_readable(form, tmp_path):
+def test_case_07_damage_in_long_names_is_refused_or_leaves_samples_readable(form, tmp_path):
     """Long names are in blocks without a checksum: the manifest's sha256 covers them, and nothing here may crash."""
     path = write_tar(tmp_path / "a.tar", [(f"{LONG}.jpg", b"i"), (f"{LONG}.txt", b"t")], form=form)
     data = path.read_bytes()
@@ -139,7 +139,7 @@ def test_damage_in_long_names_is_refused_or_leaves_samples_readable(form, tmp_pa
         ([], "is an empty tar"),
     ],
 )
-def test_repeated_keys_and_empty_tars_are_refused(names, message, tmp_path):
+def test_case_08_repeated_keys_and_empty_tars_are_refused(names, message, tmp_path):
     path = write_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
     with pytest.raises(ValueError, match=message) as error:
         read_index(path)
@@ -147,7 +147,7 @@ def test_repeated_keys_and_empty_tars_are_refused(names, message, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_refused(kind, tmp_path):
+def test_case_17_links_and_devices_are_refused(kind, tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo("a.txt")
@@ -171,7 +171,7 @@ def test_what_is_no_tar_is_refused_by_name(tmp_path):
         read_index(tmp_path / "missing.tar")
 
 
-def test_a_shard_that_is_not_its_manifests_is_refused(tmp_path):
+def test_case_12_a_shard_that_is_not_its_manifests_is_refused(tmp_path):
     path = write_webdataset(tmp_path / "a.tar", SAMPLES)
     shard = describe(path)
     write_webdataset(path, [(key, {"jpg": bytes(6000)}) for key, _ in SAMPLES[:2]])
@@ -187,5 +187,5 @@ def test_a_shard_that_shrinks_while_in_use_is_refused(tmp_path):
     path = write_webdataset(tmp_path / "a.tar", SAMPLES)
     reader = ShardReader(path)
     os.truncate(path, 1024)
-    with pytest.raises(ValueError, match=r"a\.tar: 002\.(jpg|txt) ends early"):
+    with pytest.raises(ValueError, match=r"a\.tar: it ends early or was changed"):
         reader.raw(2)

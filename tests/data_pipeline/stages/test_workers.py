@@ -1,0 +1,70 @@
+"""Loader processes that die or hang are named, with what they were at, and none is left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.utils.data import get_worker_info
+
+from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, at
+
+
+class Pids:
+    """Gives its process's pid ten times; the first process stops at its third item, in the way of `fault`."""
+
+    def __init__(self, fault: str):
+        self.fault = fault
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(10):
+            at(f"shard a.tar, sample {number}")
+            if number == 2 and get_worker_info().id == 0:
+                time.sleep(0.3)  # what it made before is on its way
+                self.hang()
+            yield os.getpid()
+
+    def hang(self) -> None:
+        if self.fault == "sleeps":
+            time.sleep(600)
+        os.kill(os.getpid(), getattr(signal, self.fault))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("SIGKILL", r" was killed by SIGKILL, at shard a\.tar, sample 2; the kernel kills so when memory runs out"),
+        ("SIGSTOP", r", which is stopped, has made nothing in [23] s, at shard a\.tar, sample 2\. Wait longer"),
+        ("sleeps", r" has made nothing in [23] s, at shard a\.tar, sample 2; its stacks are in .*loader\.txt\. Wait"),
+    ],
+)
+def test_case_13_a_loader_that_dies_or_hangs_is_named_with_its_sample(fault, words, tmp_path: Path) -> None:
+    began = time.monotonic()
+    stacks = tmp_path / "loader.txt"
+    patience = Patience(1.5, stacks=str(stacks), remedy=". Wait longer")
+    seen: list[int] = []
+    with pytest.raises(LoaderFailure, match=rf"^loader process 0 \(pid \d+\){words}") as failure:
+        for pid in WorkerLoader(Pids(fault), workers=2, prefetch=2, patience=patience):
+            seen.append(pid)
+    assert len(seen) == 4 and str(seen[0]) in str(failure.value)
+    assert not any(psutil.pid_exists(pid) for pid in seen)
+    assert time.monotonic() - began < 20
+    if fault == "sleeps":
+        assert "in hang" in stacks.read_text()
+
+
+def test_while_waiting_the_caller_may_give_up(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def check() -> None:
+        raise Enough
+
+    seen = []
+    with pytest.raises(Enough):
+        for pid in WorkerLoader(Pids("sleeps"), workers=1, prefetch=2, patience=Patience(check=check)):
+            seen.append(pid)
+    assert len(seen) == 2 and not psutil.pid_exists(seen[0])
