@@ -26,12 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         from torch import distributed as dist
 
+        from data_pipeline.loader import LoaderFailure
+
+        if isinstance(error, LoaderFailure):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
         collective = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
         if not (collective and dist.is_initialized()):
             raise
         print(
             f"error: rank {dist.get_rank()} has lost the other ranks ({str(error).splitlines()[0]}): a "
             "process, a host or the network is gone. The newest checkpoint is whole, the same command resumes from it",
+            *getattr(error, "__notes__", ()),
+            sep="\n",
             file=sys.stderr,
             flush=True,
         )

@@ -89,6 +89,8 @@ class TrainState:
     """The sha256 of the weights that `init` named; empty where it named none."""
     balance: dict[str, float] = field(default_factory=dict)
     """What modality balance has measured, and the multipliers of the learning rates."""
+    samples: dict[str, list[int]] = field(default_factory=dict)
+    """ "source/epoch" -> samples assigned, trained and replaced; from train.run.tally."""
 
 
 @dataclass

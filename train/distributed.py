@@ -115,6 +115,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's object in rank order, on every rank (pickled)."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return tensor.detach().clone()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from data_pipeline.config import Source
-from data_pipeline.loader import Extras, MicroBatch, stream_loader, train_loader
-from data_pipeline.order import Moved, Order, build_order, order_identity
+from data_pipeline.loader import Extras, LoaderFailure, MicroBatch, Patience, stream_loader, train_loader
+from data_pipeline.order import Mixture, Moved, Order, build_order, order_identity
 from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
 from train.config import RunConfig
+from train.run.signals import Interrupted, StopRequest
 
 
 class Feed:
@@ -31,6 +34,7 @@ class Feed:
         if data.mode == "stream":
             assert config.train.steps, "train.checks refuses a stream without a number of steps"
             self.manifests: list[Manifest] = []
+            self.order: Order | Mixture | None = None
             self.steps, self.identity = config.train.steps, f"stream {data.train}"
             self.order_identity = ""
             self.mean, self.std = normalization(data.normalize)
@@ -45,7 +49,9 @@ class Feed:
         self.identity = " ".join(f"{one.hash} x{weight:g}" for one, weight in zip(self.manifests, weights, strict=True))
         self.mean, self.std = normalization(data.normalize, *(manifest.statistics for manifest in self.manifests))
 
-    def batches(self, tokenizer: Tokenizer, start_step: int, moved_by: int = 0) -> Iterable[MicroBatch]:
+    def batches(
+        self, tokenizer: Tokenizer, start_step: int, patience: Patience, moved_by: int = 0
+    ) -> Iterable[MicroBatch]:
         """This process's micro-batches of the steps from `start_step` on, in order.
 
         moved_by: a step of the run is this many steps further in the order.
@@ -59,9 +65,11 @@ class Feed:
             "start_step": start_step,
             "stop_step": self.steps,
             "extras": Extras(**terms.extras(self.config.model)),
+            "patience": patience,
         }
         if self.config.data.mode == "stream":
             return stream_loader(self.config.data, tokenizer, global_batch=train.global_batch, **share)
+        assert self.order is not None
         order = Moved(self.order, moved_by) if moved_by else self.order
         return train_loader(self.config.data, order, self.manifests, tokenizer, **share)
 
@@ -77,6 +85,40 @@ class Feed:
         """
         if not order or order != self.order_identity:
             return None
+        assert self.order is not None
         if batch == self.order.batch:
             return data_step - step
         return self.order.step_after(data_step, batch) - step if isinstance(self.order, Order) else None
+
+
+def fetch(
+    batches: Iterator[MicroBatch], share: int, device: torch.device, stop: StopRequest, at_once: bool
+) -> list[MicroBatch] | None:
+    """This rank's share of the next step, on its device; None, on all ranks, where a signal came to one that waited.
+
+    So all ranks begin a step or none does: what goes wrong with one rank's data ends all of them where they can still
+    save, in place of leaving the others in a step that cannot be finished. A collective.
+
+    Args:
+        at_once: whether a signal ends the waiting wherever it is; for data that are loaded in this process.
+
+    Raises:
+        ValueError: on all ranks, what is wrong with the data.
+        LoaderFailure: on all ranks, where a loader process died or hangs.
+    """
+    own: list[MicroBatch] = []
+    error: BaseException | None = None
+    try:
+        with stop.at_once(at_once):
+            own = [next(batches).to(device, non_blocking=True) for _ in range(share)]
+    except (Exception, Interrupted) as caught:  # whatever it is, the other ranks must hear of it
+        error = caught
+    trouble = 0 if error is None else 1 if isinstance(error, Interrupted) else 2
+    worst = int(distributed.all_reduce_max(torch.tensor([trouble])))
+    if worst < 2:
+        return own if worst == 0 else None
+    failures = distributed.all_gather_objects(None if trouble < 2 else (isinstance(error, ValueError), str(error)))
+    if error is not None and trouble == 2:
+        raise error
+    rank, (is_data, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure)
+    raise ValueError(text) if is_data else LoaderFailure(f"rank {rank}: {text}")

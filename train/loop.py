@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline import overlap
-from data_pipeline.loader import MicroBatch
+from data_pipeline.loader import LoaderFailure, MicroBatch, Patience
 from data_pipeline.seeds import model_seed
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
@@ -23,13 +23,13 @@ from train.engine.base import Engine
 from train.engine.build import engine_of_run
 from train.engine.ema import WeightAverage
 from train.engine.optim import set_lrs
-from train.engine.start import start
+from train.engine.start import start, timeout_seconds
 from train.evaluation import find_task
-from train.evaluation.best import Best
+from train.evaluation.best import Best, follow
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
-from train.feed import Feed
+from train.feed import Feed, fetch
 from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import build_model
@@ -40,11 +40,15 @@ from train.report import exhibit
 from train.report.page import write_report
 from train.run.directory import onward, open_run, read_results, record_config, write_results
 from train.run.lineage import write_record
-from train.run.records import METRICS, read_history, read_records
+from train.run.records import LEDGER, METRICS, read_records
 from train.run.signals import EXIT_PREEMPTED, StopRequest
+from train.run.tally import Tally, replaced_rows
 from train.run.tracker import Tracker
 from train.run.version import code_version
+from train.run.watch import PATIENCE, Watch
 from train.step import training_step
+
+SLOW = f". It has {PATIENCE:.0%} of DUET_TIMEOUT: raise that where the storage is slow"
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Run:
     best: Best
     tracker: Tracker
     stop: StopRequest
+    watch: Watch
+    tally: Tally
 
 
 def run(config: RunConfig) -> int:
@@ -86,23 +92,37 @@ def run(config: RunConfig) -> int:
             announce(directory, results, f"is finished already; {longer}")
             return 0
         check(config, distributed.world_size())
-        return train(build(config, accelerator, directory, stop))
+        with Watch(directory, timeout_seconds(), stop) as watch:
+            return train(build(config, accelerator, directory, stop, watch))
 
 
 def train(run: Run) -> int:
-    """The loop: fetch, step, account, and now and then evaluate and save."""
-    config, engine, state, tracker = run.config, run.engine, run.state, run.tracker
+    """The loop: fetch, step, account, and now and then evaluate and save.
+
+    Raises:
+        ValueError, LoaderFailure: on all ranks, where one gets no data; what was trained is saved.
+    """
+    config, engine, state, tracker, watch = run.config, run.engine, run.state, run.tracker, run.watch
     batches = iter(run.batches)
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
-    clock = time.perf_counter()
+    clock, saved = time.perf_counter(), state.step
     found = held_out(run, overdue(run))
     if improved(run, found):
         checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
     if (config.init or config.parent.run) and not state.step:
         held_out(run, run.suite.tasks)  # what it starts from
     while state.step < run.steps and not run.best.exhausted:
-        micro_batches = fetch(batches, share, engine.device)
+        watch.now(f"waiting for the data of step {state.step + 1}")
+        try:
+            micro_batches = fetch(batches, share, engine.device, run.stop, at_once=config.data.workers == 0)
+        except (ValueError, LoaderFailure):
+            if state.step > saved:
+                save(run)
+            raise
+        if micro_batches is None:
+            return leave(run, run.stop.name or "a signal to another rank", saved)
         waited = time.perf_counter() - clock
+        watch.now(f"in step {state.step + 1}")
         multipliers = run.balance.multipliers()
         lrs = set_lrs(engine.optimizer, state.step, run.steps, config.optim, multipliers)
         measure = run.balance.due(state.step) or due(state.step + 1, config.tracking.diagnostics_every)
@@ -111,12 +131,12 @@ def train(run: Run) -> int:
         run.average.update()
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
-        stopping, digest = account(run, micro_batches, metrics, seconds)
+        stopping, digests = account(run, micro_batches, metrics, seconds)
         rate = config.train.global_batch / seconds
         metrics |= {f"lr/{tower}": lr for tower, lr in lrs.items()}
         metrics |= {f"lr_multiplier/{tower}": factor for tower, factor in multipliers.items()}
-        speed = {"samples_per_second": rate, "data_wait": waited / seconds, "batch_digest": digest}
-        tracker.log(state.step, metrics | speed)
+        speed = {"samples_per_second": rate, "data_wait": waited / seconds}
+        tracker.log(state.step, metrics | speed | digests)
 
         # Who sends a signal gives little time: the state is saved first, and what is due is evaluated on resuming.
         due_now = run.suite.due(state.step) if state.step < run.steps and not stopping else []
@@ -124,36 +144,57 @@ def train(run: Run) -> int:
         better = improved(run, found)
         done = state.step == run.steps or run.best.exhausted
         if done or stopping or better or due(state.step, config.checkpoint.every):
-            tracker.check()
-            checkpoint.save(run.directory, collect(engine, run.average, state), state, config, run.text_files)
+            save(run)
+            saved = state.step
         if better:
             checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
         if stopping and not done:
-            run.stop.ignore_further()
-            tracker.finish(EXIT_PREEMPTED, f"{stopping}: saved at step {state.step}; the same command resumes it")
-            return EXIT_PREEMPTED
+            return leave(run, stopping, saved)
         clock = time.perf_counter()
     return finish(run, found)
 
 
-def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, str]:
+def save(run: Run) -> None:
+    """A checkpoint of the run as it is; a collective. Raises ValueError as checkpoint.save."""
+    run.tracker.check()
+    run.watch.now(f"saving step {run.state.step}")
+    tensors = collect(run.engine, run.average, run.state)
+    checkpoint.save(run.directory, tensors, run.state, run.config, run.text_files)
+
+
+def leave(run: Run, signal: str, saved: int) -> int:
+    """Stop for a signal, between two steps; the exit status. saved: the step of the newest checkpoint, or 0."""
+    if run.state.step > saved:
+        save(run)
+    run.stop.ignore_further()
+    saved_at = f"saved at step {run.state.step}; the same command resumes it" if run.state.step else "no step was made"
+    run.tracker.finish(EXIT_PREEMPTED, f"{signal}: {saved_at}")
+    return EXIT_PREEMPTED
+
+
+def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, dict[str, str]]:
     """Count one more step in the state, write the ledger, and agree with all ranks on what has happened.
 
     Returns:
-        The signal for which all ranks stop ("" for none), and the digest of the sample order of the global batch.
+        The signal for which all ranks stop ("" for none), and two digests of the global batch: which sample was in
+        which row, by the names of shards and samples, and the same by the content of the shards.
 
     Raises:
         ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`, or where a log cannot be written.
+        RuntimeError: on all ranks, where samples that were assigned are neither trained nor replaced.
     """
     config, state = run.config, run.state
     own = [record for batch in micro_batches for record in batch.bad]
-    digest = int(torch.tensor([batch.digest for batch in micro_batches]).sum())  # modulo 2^64
-    news = [len(own), int(bool(run.stop.name)), digest, int(bool(run.tracker.problem))]
-    counts = torch.tensor(news, dtype=torch.int64, device=run.engine.device)
-    bad, stops, digest, unwritten = distributed.all_reduce_sum(counts).tolist()
+    # Of int64, so modulo 2^64.
+    digests = torch.tensor([[batch.digest, batch.content] for batch in micro_batches]).sum(0).tolist()
+    flags = [int(bool(run.stop.name)), int(bool(run.tracker.problem))]
+    news = [len(own), *flags, *digests, *run.tally.count(micro_batches)]
+    summed = distributed.all_reduce_sum(torch.tensor(news, dtype=torch.int64, device=run.engine.device)).tolist()
+    bad, stops, unwritten, *digests = summed[:5]
     if unwritten:
         run.tracker.check()
 
+    run.tally.add(state.step, summed[5:])
     state.step += 1
     state.samples_seen += config.train.global_batch
     state.seconds += seconds
@@ -177,7 +218,8 @@ def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: f
             f"`name`{onward(run.directory)}"
         )
     stopping = (run.stop.name or "a signal to another rank") if stops else ""
-    return stopping, f"{digest % 2**64:016x}"
+    names = ("batch_digest", "content_digest")
+    return stopping, {name: f"{digest % 2**64:016x}" for name, digest in zip(names, digests, strict=True)}
 
 
 def finish(run: Run, found: dict[str, Evaluation]) -> int:
@@ -196,6 +238,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
         for name, evaluation in found.items()
         if name != HELD_OUT
     }
+    run.tracker.log(state.step, run.tally.totals(), prefix="samples/")
     with run.average.applied():
         shown = exhibit.collect(run.encoder, run.suite, found, run.training)
     results = {
@@ -204,10 +247,15 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
         "seconds": round(state.seconds, 1),
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped,
+        "samples": run.tally.records(),
         "val": found[HELD_OUT].metrics if HELD_OUT in found else {},
         "tasks": tasks,
         "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else {},
     }
+    if distributed.is_main():
+        listed = replaced_rows(read_records(run.directory / LEDGER))
+        for line in run.tally.lines(state.step - state.first_step, listed):
+            run.tracker.message(line)
     distributed.barrier()  # the last of all ranks: what follows takes rank 0 as long as it needs
     run.tracker.finish(0)
     if distributed.is_main():
@@ -223,7 +271,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
     return 0
 
 
-def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) -> Run:
+def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, watch: Watch) -> Run:
     """All parts of a run: resumed from its newest undamaged checkpoint, else started from its parent, else fresh."""
     feed, suite = Feed(config), Suite(config)
     state = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
@@ -263,7 +311,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
 
     state.precision, state.code = engine.precision, code_version()
     files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
-    batches = feed.batches(tokenizer, state.step, state.moved_by)
+    patience = Patience(PATIENCE * watch.limit, stop.check, watch.loader_stacks, SLOW)
+    batches = feed.batches(tokenizer, state.step, patience, state.moved_by)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
     if found is None:
         write_record(directory, parent.record() if parent else {})
@@ -283,37 +332,10 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest) ->
             lines = [f"warning: held-out images were not looked for among the training images: {error}"]
         for line in lines:
             tracker.message(line)
+    tally = Tally(feed.order, config.train.global_batch, state.samples, state.step - state.first_step, state.moved_by)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
-    parts = (
-        engine,
-        average,
-        state,
-        balance,
-        feed.steps,
-        feed.manifests,
-        batches,
-        suite,
-        encoder,
-        files,
-        best,
-        tracker,
-        stop,
-    )
-    return Run(config, directory, *parts)
-
-
-def follow(config: RunConfig, directory: Path, step: int) -> Best:
-    """The best checkpoint so far of a run that is at this step; a collective."""
-    known: tuple[list, list] = ([], [])
-    if config.checkpoint.best and distributed.is_main():
-        metric = config.checkpoint.best
-        records = [one for one in read_history(directory) if one["step"] <= step and metric in one]
-        kept = [saved for saved in checkpoint.steps(directory) if saved <= step]
-        known = ([{"step": one["step"], metric: one[metric]} for one in records], kept)
-    best = Best(config, *distributed.broadcast_object(known))
-    if best.step is not None:  # a run that was stopped between the two has saved it and not named it
-        checkpoint.mark_best(directory, best.step, config.checkpoint.keep)
-    return best
+    parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, files, best)
+    return Run(config, directory, *parts, tracker, stop, watch, tally)
 
 
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
@@ -328,16 +350,12 @@ def restore(found: Path, engine: Engine, average: WeightAverage, state: TrainSta
     average.load(checkpoint.load_part(found, "ema"))
 
 
-def fetch(batches: Iterator[MicroBatch], share: int, device: torch.device) -> list[MicroBatch]:
-    """This rank's share of the next step, on its device."""
-    return [next(batches).to(device, non_blocking=True) for _ in range(share)]
-
-
 def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:
     """These evaluations, logged: of the weights as they are, or of their average where `optim.ema` is set."""
     names = list(names)
     if not names:
         return {}
+    run.watch.now(f"evaluating after step {run.state.step}")
     with run.average.applied():
         found = run.suite.measure(run.encoder, names)
     for name, evaluation in found.items():

@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent, wherever its save is killed, and the next save is not in its way."""
 
 import os
+import random
 import shutil
 import sys
 import threading
@@ -85,7 +86,9 @@ def kills(directory: Path, step: int, damaged: bool) -> list[tuple[str, bool, se
     ("step", "damaged", "before"),
     [pytest.param(3, False, 2, marks=pytest.mark.slow, id="new"), pytest.param(2, True, 1, id="again")],
 )
-def test_killed_at_any_change_of_the_disk_a_save_leaves_the_old_or_the_new(tmp_path, step, damaged, before) -> None:
+def test_case_02_killed_at_any_change_of_the_disk_a_save_leaves_the_old_or_the_new(
+    tmp_path, step, damaged, before
+) -> None:
     with ProcessPoolExecutor(1, start_context()) as pool:  # forks must not copy this process's threads
         results = pool.submit(kills, tmp_path, step, damaged).result()
     assert len(results) > 15
@@ -98,7 +101,7 @@ def test_killed_at_any_change_of_the_disk_a_save_leaves_the_old_or_the_new(tmp_p
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_later_one_does_not_push_out_what_is_saved_after_it_was_passed_over(tmp_path, keep) -> None:
+def test_case_06_a_damaged_later_one_does_not_push_out_what_is_saved_after_it_was_passed_over(tmp_path, keep) -> None:
     for step in (1, 4):
         save(tmp_path, step, 2)
     damage(tmp_path, 4)
@@ -109,7 +112,7 @@ def test_a_damaged_later_one_does_not_push_out_what_is_saved_after_it_was_passed
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "{}", "\0" * 40])
-def test_hashes_that_are_none_are_damage(tmp_path, content) -> None:
+def test_case_06_hashes_that_are_none_are_damage(tmp_path, content) -> None:
     for step in (1, 2):
         save(tmp_path, step, 0)
     (tmp_path / "checkpoints" / name(2) / "sha256.json").write_text(content)
@@ -131,7 +134,7 @@ def test_a_checkpoint_that_not_all_ranks_see_is_said_on_all_of_them(tmp_path) ->
         assert "runs_dir: run/checkpoints/step_00000001 is not on every host" in said
 
 
-def test_a_file_that_cannot_be_read_is_not_damage_and_is_read_again(tmp_path) -> None:
+def test_case_06_a_file_that_cannot_be_read_is_not_damage_and_is_read_again(tmp_path) -> None:
     for step in (1, 2):
         save(tmp_path, step, 0)
     path = tmp_path / "checkpoints" / name(2) / "ema.safetensors"
@@ -143,3 +146,33 @@ def test_a_file_that_cannot_be_read_is_not_damage_and_is_read_again(tmp_path) ->
     mend.start()
     assert checkpoint.newest(tmp_path).name == name(2)
     mend.join()
+
+
+def test_case_06_no_byte_of_any_file_may_differ(tmp_path, record_property) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, 0)
+    rng, path = random.Random(0), tmp_path / "checkpoints" / name(2)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for number in range(200):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        assert checkpoint.newest(tmp_path).name == name(1), file
+        file.write_bytes(whole)
+    for file in files:
+        whole = file.read_bytes()
+        for content in (whole[:-1], whole + b"\0", b""):
+            file.write_bytes(content)
+            assert checkpoint.newest(tmp_path).name == name(1), file
+        file.unlink()
+        assert checkpoint.newest(tmp_path).name == name(1), file
+        file.write_bytes(whole)
+    (path / "extra").write_bytes(b"of somebody else")
+    for latest in (b"", b"\0" * 14, b"step_99999999\n"):
+        (tmp_path / "checkpoints" / "latest").write_bytes(latest)
+        assert checkpoint.newest(tmp_path).name == name(2)
+    save(tmp_path, 3, 1)
+    assert entries(tmp_path) == {"latest", name(3)}
+    record_property("tries", 200 + 4 * len(files) + 3)

@@ -144,7 +144,7 @@ def test_format_1_is_still_read(interrupted, copied) -> None:
     assert json.loads((checkpoint.newest(run_dir(copied)) / "state.json").read_text())["format"] == 2
 
 
-def test_where_no_checkpoint_is_whole_or_none_is_left_nothing_is_touched(copied) -> None:
+def test_case_06_where_no_checkpoint_is_whole_or_none_is_left_nothing_is_touched(copied) -> None:
     path = newest_of(copied)
     earlier = shutil.copytree(path, path.with_name("step_00000001"))
     for damaged in (path / "text" / "config.json", earlier / "optimizer.safetensors"):

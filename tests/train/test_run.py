@@ -38,7 +38,7 @@ def weights(config: RunConfig) -> bytes:
     return (run_dir(config) / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").read_bytes()
 
 
-def test_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_path: Path) -> None:
+def test_case_01_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_path: Path) -> None:
     config = prepare(tmp_path)
     for step in (1, 7):  # before the first checkpoint, after the second
         process = running.start(running.command(config, tmp_path), tmp_path / "killed.log")
@@ -73,7 +73,7 @@ def test_two_processes_of_one_micro_batch_each_end_in_the_same_bytes_as_one(tmp_
     assert_same_curve(curve(two), curve(one), 1e-15)
 
 
-def test_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight, tmp_path: Path) -> None:
+def test_case_03_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight, tmp_path: Path) -> None:
     config = prepare(tmp_path)
     config.checkpoint.every = 100
     process = running.start(running.command(config, tmp_path, engine="ddp", processes=2), tmp_path / "stopped.log")
@@ -104,7 +104,7 @@ def test_another_configuration_is_refused_with_the_difference(straight) -> None:
     assert "workers" not in str(error.value)
 
 
-def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) -> None:
+def test_case_06_a_damaged_checkpoint_is_passed_over(straight, tmp_path: Path, capfd) -> None:
     config = straight
     newest = checkpoint.newest(run_dir(config))
     assert newest.name == f"step_{STEPS:08d}" and (newest.parent / "latest").read_text().strip() == newest.name
@@ -131,7 +131,7 @@ def test_a_run_in_a_thread_finishes_and_leaves_signals_alone(tmp_path: Path) -> 
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == handlers
 
 
-def test_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path) -> None:
+def test_case_10_bad_samples_are_replaced_and_written_down_until_there_are_too_many(tmp_path: Path) -> None:
     config = prepare(tmp_path, steps=2)
     config.data.train = str(write_data(tmp_path / "bad", (64,), bad=(3, 17)))
     config.data.val = ""
@@ -163,7 +163,7 @@ def test_an_overlap_that_cannot_be_looked_for_is_said_and_ends_nothing(tmp_path:
     assert "warning: held-out images were not looked for among the training images" in capfd.readouterr().out
 
 
-def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path: Path) -> None:
+def test_case_15_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path: Path) -> None:
     config = prepare(tmp_path, max_skipped=2)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 1
     config.optim.lr, config.optim.warmup_steps = 1e30, 0  # sums of squares overflow from the second step on

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train import distributed
 from train.engine import precision
 from train.engine.meter import TowerMeter
+from train.engine.start import bound_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +66,7 @@ class Engine(ABC):
         self.blank, self.clamped = blank, clamped
         self.clip_grad, self.micro_batch = clip_grad, micro_batch
         self.wrapped, self.optimizer = self._prepare(model, optimizer)
+        bound_groups()
         # Without torch.compile's wrapper, which would put its prefix before every name in a checkpoint.
         self.module = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
         self.meter = TowerMeter(self.inner_optimizer, sharded=self.sharded)

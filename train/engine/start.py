@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from train.engine.launcher import Launcher, check_world_size, find_launcher, positive_int
 from train.engine.precision import PRECISIONS
@@ -42,7 +43,7 @@ def start() -> Accelerator:
         # Convolutions use TF32 unless told otherwise, and matrix products do in images whose environment asks for it.
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
-    timeout = timedelta(seconds=positive_int("DUET_TIMEOUT", TIMEOUT_SECONDS))
+    timeout = timedelta(seconds=timeout_seconds())
     launcher = find_launcher()
     if _use_cpu(launcher):
         # DeepSpeed takes part on CPU only if the state exists before the Accelerator, which is then not told `cpu`.
@@ -83,6 +84,23 @@ def own_device() -> torch.device:
     """Where a command of one process computes: the accelerator that there is, else the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def bound_groups() -> None:
+    """Give every process group the time limit of the first, where torch and DeepSpeed give those that ZeRO makes for
+    itself one of their own: in those, a rank that hangs would hold up the others for half an hour."""
+    if not dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds())
+    # Public under the first name since torch 2.12.
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
+    for group in list(c10d._world.pg_map):
+        set_timeout(timeout, group)
+
+
+def timeout_seconds() -> int:
+    """Seconds after which a collective that misses a rank fails. Raises ValueError for a DUET_TIMEOUT that is none."""
+    return positive_int("DUET_TIMEOUT", TIMEOUT_SECONDS)
 
 
 def stop() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from train import checkpoint, distributed
 from train.config import RunConfig
 from train.evaluation import find_task
 from train.evaluation.suite import given_tasks
+from train.run.records import read_history
 
 
 class Best:
@@ -76,3 +79,17 @@ def check_best(config: RunConfig) -> None:
         every = given_tasks(config)[best.partition("/")[0]].every or config.eval.every
         if patience and not every:
             raise ValueError(f"train.patience {patience}: give eval.every, the steps between evaluations")
+
+
+def follow(config: RunConfig, directory: Path, step: int) -> Best:
+    """The best checkpoint so far of a run that is at this step; a collective."""
+    known: tuple[list, list] = ([], [])
+    if config.checkpoint.best and distributed.is_main():
+        metric = config.checkpoint.best
+        records = [one for one in read_history(directory) if one["step"] <= step and metric in one]
+        kept = [saved for saved in checkpoint.steps(directory) if saved <= step]
+        known = ([{"step": one["step"], metric: one[metric]} for one in records], kept)
+    best = Best(config, *distributed.broadcast_object(known))
+    if best.step is not None:  # a run that was stopped between the two has saved it and not named it
+        checkpoint.mark_best(directory, best.step, config.checkpoint.keep)
+    return best

@@ -5,13 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_PREEMPTED = 85
 """Exit status of a run that a signal stopped with its state saved: start it again with the same command."""
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+class Interrupted(BaseException):
+    """A signal came while this rank waited for data, when the last step is complete and the next one has not begun.
+
+    No Exception, so that what tries again after all sorts of them lets it pass.
+    """
 
 
 class StopRequest:
@@ -26,7 +34,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        self._at_once = False
         self._handle(self._receive)
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal came."""
+        if self.name:
+            raise Interrupted
+
+    @contextmanager
+    def at_once(self, enabled: bool) -> Iterator[None]:
+        """Where `enabled`, a signal raises Interrupted in whatever the block does; for what may wait for ever."""
+        try:
+            self._at_once = enabled
+            yield
+        finally:
+            self._at_once = False
 
     def ignore_further(self) -> None:
         """Before leaving: Python drops handlers while it exits, and a late signal would replace the exit status."""
@@ -44,3 +67,5 @@ class StopRequest:
         if self.name == "SIGINT" and number == signal.SIGINT:
             sys.exit(130)
         self.name = self.name or signal.Signals(number).name
+        if self._at_once:
+            raise Interrupted

@@ -145,7 +145,7 @@ def test_duet_processes_overrules(tmp_path):
     assert done.returncode == 0 and done.results == ["RESULT NO cpu 0 1"], done.stdout + done.stderr
 
 
-def test_a_failing_rank_ends_all(tmp_path):
+def test_case_14_a_failing_rank_ends_all(tmp_path):
     done = launch(tmp_path, FAILS, config=CPU)
     assert done.returncode != 0
     assert "rank 1 fails" in done.stderr
