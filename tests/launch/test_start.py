@@ -118,7 +118,7 @@ def test_a_killed_worker_is_reported_with_its_signal(launched):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_every_worker_gets_the_signal_and_may_finish_its_step(launched, name):
+def test_case_03_every_worker_gets_the_signal_and_may_finish_its_step(launched, name):
     launcher, directory = launched(name)
     wait_for(lambda: listening(directory))
     launcher.send_signal(getattr(signal, name))
@@ -148,7 +148,7 @@ def test_a_signal_before_the_workers_listen_is_not_lost(launched):
     assert output.count("stopped by SIGUSR1") == 2, output
 
 
-def test_nothing_is_left_when_it_is_killed(launched):
+def test_case_14_nothing_is_left_when_it_is_killed(launched):
     launcher, directory = launched("killed launcher")
     wait_for(lambda: listening(directory))
     children = psutil.Process(launcher.pid).children(recursive=True)
@@ -159,7 +159,7 @@ def test_nothing_is_left_when_it_is_killed(launched):
     assert not alive
 
 
-def test_workers_whose_agent_is_killed_save_and_end(launched):
+def test_case_14_workers_whose_agent_is_killed_save_and_end(launched):
     """As by the kernel when memory runs out: torchrun's agent is gone, and nobody tells its workers."""
     launcher, directory = launched("killed agent")
     wait_for(lambda: listening(directory))
@@ -171,7 +171,7 @@ def test_workers_whose_agent_is_killed_save_and_end(launched):
     assert not psutil.wait_procs(family, timeout=1)[1]
 
 
-def test_a_second_ctrl_c_kills_the_workers_too(launched):
+def test_case_04_a_second_ctrl_c_kills_the_workers_too(launched):
     launcher, directory = launched("second Ctrl-C")
     wait_for(lambda: listening(directory))
     children = psutil.Process(launcher.pid).children(recursive=True)
