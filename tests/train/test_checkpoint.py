@@ -176,3 +176,26 @@ def test_case_06_no_byte_of_any_file_may_differ(tmp_path, record_property) -> No
     save(tmp_path, 3, 1)
     assert entries(tmp_path) == {"latest", name(3)}
     record_property("tries", 200 + 4 * len(files) + 3)
+
+
+def test_case_02_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    """Else a power loss after the rename could leave a complete name with empty files."""
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        if path.name.startswith(".step_"):
+            whole = {str(path), *(str(one) for one in path.rglob("*"))}
+            assert whole <= set(synced), f"not on the disk yet: {whole - set(synced)}"
+            synced.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    save(tmp_path, 1, 0)
+    root = str(tmp_path / "checkpoints")
+    assert synced[synced.index("renamed") + 1 :] == [f"{root}/latest.part", root]

@@ -1,11 +1,15 @@
 """A step of DeepSpeed as Duet configures it, against plain torch."""
 
+import os
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from tests.support.distributed import run_distributed
 from train import distributed
+from train.engine.build import build_engine
 from train.engine.precision import autocast
 from train.engine.start import start
 from train.engine.zero import BUCKET_ELEMENTS, deepspeed_config
@@ -92,3 +96,28 @@ def test_deepspeed_steps_in_fp32_and_computes_in_bf16(stage, precision, clip_gra
             torch.testing.assert_close(parameters[name], parameter.data, rtol=1e-5, atol=1e-7)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
             torch.testing.assert_close(after, model(inputs(9)))
+
+
+def waits(seconds: int) -> list[float]:
+    """On rank 0, how long a collective of each process group waits for rank 1, which does not come."""
+    os.environ["DUET_TIMEOUT"] = str(seconds)
+    model = Probe()
+    build_engine(start(), model, torch.optim.AdamW(model.parameters()), blank=lambda: inputs(0))
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    if distributed.rank() == 1:
+        time.sleep(3 * seconds * len(groups))
+        return []
+    waited = []
+    for group in groups:
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            torch.distributed.all_reduce(torch.zeros(1), group=group)
+        waited.append(time.monotonic() - began)
+    return waited
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_case_14_no_group_waits_longer_for_a_rank_than_duet_timeout(stage):
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    waited, _ = run_distributed(waits, 2, 2, environment=environment | {"CUDA_VISIBLE_DEVICES": ""})
+    assert waited and max(waited) < 6, waited

@@ -1,0 +1,62 @@
+"""What one rank meets is one decision of all: each scenario ends both ranks in the same way."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support.distributed import run_distributed
+from tests.support.running import metrics, prepare, run_dir
+from tests.support.small import write_data
+from train import checkpoint, cli, distributed, loop
+from train.config import RunConfig
+
+
+def outcome(config: RunConfig) -> str:
+    """How the run ended on this rank."""
+    try:
+        return str(loop.run(config))
+    except ValueError as error:
+        return str(error)
+
+
+def signal_after_a_step(config: RunConfig) -> None:
+    while not metrics(config):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def scenarios(directory: str) -> list[str]:
+    """On each rank, how these runs ended: a signal to rank 1, no room for a checkpoint, too many bad samples."""
+    config = cli.load(Path(directory) / "config.yaml")
+    if distributed.rank() == 1:
+        threading.Thread(target=signal_after_a_step, args=(config,), daemon=True).start()
+    ends = [outcome(config)]
+    full = replace(config, name="full", checkpoint=replace(config.checkpoint, every=1))
+    run_dir(full).mkdir(parents=True, exist_ok=True)
+    (run_dir(full) / "checkpoints").touch()  # a file where a directory has to be
+    ends.append(outcome(full))
+    bad = replace(config, name="bad", data=replace(config.data, train=str(Path(directory) / "bad")))
+    ends.append(outcome(bad))
+    # Rank 1 alone reads this shard; lane 1 of 2 is its own.
+    gone = replace(config, name="gone", data=replace(config.data, train=str(Path(directory) / "gone")))
+    ends.append(outcome(gone))
+    return ends
+
+
+def test_case_03_05_10_what_happens_to_one_rank_ends_all_in_the_same_way(tmp_path: Path) -> None:
+    config = prepare(tmp_path, steps=200, global_batch=16, micro_batch=8)
+    config.data.val, config.data.image_size, config.data.lanes, config.checkpoint.every = "", 32, 2, 0
+    write_data(tmp_path / "bad", (64,), bad=range(0, 64, 2))
+    write_data(tmp_path / "gone", (16, 16))
+    with (tmp_path / "gone" / "part-000001.tar").open("r+b") as file:
+        file.seek(700)
+        file.write(b"!")
+    (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
+    first, second = run_distributed(scenarios, 2, str(tmp_path), timeout=100)
+    assert first[0] == second[0] == "85" and checkpoint.steps(run_dir(config))
+    assert first[1] == second[1] and "could not be written" in first[1]
+    assert first[2] == second[2] and first[2].startswith("data.max_bad_fraction 0.01: ")
+    assert first[3] == second[3] and "part-000001.tar has" in first[3]
