@@ -124,6 +124,17 @@ def test_case_16_any_start_gives_the_same_tail(manifest: Manifest, tokenizer: To
             assert_equal(list(load([manifest], tokenizer, settings(workers), **options)), tail)
 
 
+def test_case_16_one_shard_feeds_four_ranks_of_two_loaders_and_resumes_at_an_epochs_end(
+    tiny_shards: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    manifest = load_manifest(tiny_shards((2 * BATCH + 3,)))
+    plain = list(load([manifest], tokenizer))
+    assert_equal(all_ranks([manifest], tokenizer, settings(2), 4), plain)
+    for start in (2, 6):  # two steps are an epoch
+        tail = [batch for batch in plain if batch.step >= start]
+        assert_equal(list(load([manifest], tokenizer, settings(1), start_step=start)), tail)
+
+
 def test_an_epoch_has_every_sample_once_but_the_remainder(manifest: Manifest, tokenizer: Tokenizer) -> None:
     order = ordered(manifest)
     per_epoch = order.steps_per_epoch
