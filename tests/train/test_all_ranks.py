@@ -35,8 +35,8 @@ def scenarios(directory: str) -> list[str]:
         threading.Thread(target=signal_after_a_step, args=(config,), daemon=True).start()
     ends = [outcome(config)]
     full = replace(config, name="full", checkpoint=replace(config.checkpoint, every=1))
-    run_dir(full).mkdir(parents=True, exist_ok=True)
-    (run_dir(full) / "checkpoints").touch()  # a file where a directory has to be
+    (run_dir(full) / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir(full) / "checkpoints" / ".step_00000001.part").touch()  # a file where a directory has to be
     ends.append(outcome(full))
     bad = replace(config, name="bad", data=replace(config.data, train=str(Path(directory) / "bad")))
     ends.append(outcome(bad))
