@@ -24,9 +24,9 @@ from data_pipeline.embeddings.duplicates import COSINE, candidates, copies
 from data_pipeline.embeddings.inputs import find_input
 from data_pipeline.samples.image import decode_image
 from data_pipeline.samples.text import split
+from data_pipeline.storage.kept_index import read_index
 from data_pipeline.storage.manifest import Shard, load_manifest, write_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
-from data_pipeline.storage.tar_index import read_index
 from train.use.embed import embed
 from train.use.towers import Towers, load_towers
 

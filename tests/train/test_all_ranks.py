@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.support.distributed import run_distributed
 from tests.support.running import metrics, prepare, run_dir
 from tests.support.small import write_data
@@ -46,6 +48,7 @@ def scenarios(directory: str) -> list[str]:
     return ends
 
 
+@pytest.mark.slow
 def test_case_03_05_10_what_happens_to_one_rank_ends_all_in_the_same_way(tmp_path: Path) -> None:
     config = prepare(tmp_path, steps=200, global_batch=16, micro_batch=8)
     config.data.val, config.data.image_size, config.data.lanes, config.checkpoint.every = "", 32, 2, 0
