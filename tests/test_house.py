@@ -24,7 +24,7 @@ ROWS = (
     ("data_pipeline.loader", "data_pipeline.commands", "train.terms"),
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
-    ("train.step", "train.evaluation", "train.init", "train.parent"),
+    ("train.step", "train.account", "train.evaluation", "train.init", "train.parent"),
     ("train.report",),
     ("train.evaluate", "train.checks", "train.export"),
     ("train.loop", "train.use"),

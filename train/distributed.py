@@ -7,7 +7,7 @@ b: rows of this rank, B: rows of all ranks, D: features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """The elementwise largest value over ranks, on every rank, without gradient; the argument stays as it is."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors on the CPU, in one transfer: what waits for the device, waits once."""
+    flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.nbytes for tensor in tensors])
+    return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def any_rank(flag: bool) -> bool:

@@ -15,6 +15,7 @@ from data_pipeline.seeds import model_seed
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
+from train.account import account, agree
 from train.checkpoint import Tensors, TrainState
 from train.checks import check, hints
 from train.config import RunConfig
@@ -126,17 +127,18 @@ def train(run: Run) -> int:
         multipliers = run.balance.multipliers()
         lrs = set_lrs(engine.optimizer, state.step, run.steps, config.optim, multipliers)
         measure = run.balance.due(state.step) or due(state.step + 1, config.tracking.diagnostics_every)
-        metrics = training_step(engine, micro_batches, config, measure)
-        run.balance.update(state.step, metrics)
+        on_device = training_step(engine, micro_batches, config, measure)
         run.average.update()
+        metrics, news = agree(run, micro_batches, on_device)
+        run.balance.update(state.step, metrics)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
-        stopping, digests = account(run, micro_batches, metrics, seconds)
+        stopping = account(run, micro_batches, metrics, news, seconds)
         rate = config.train.global_batch / seconds
         metrics |= {f"lr/{tower}": lr for tower, lr in lrs.items()}
         metrics |= {f"lr_multiplier/{tower}": factor for tower, factor in multipliers.items()}
         speed = {"samples_per_second": rate, "data_wait": waited / seconds}
-        tracker.log(state.step, metrics | speed | digests)
+        tracker.log(state.step, metrics | speed | news.digests)
 
         # Who sends a signal gives little time: the state is saved first, and what is due is evaluated on resuming.
         due_now = run.suite.due(state.step) if state.step < run.steps and not stopping else []
@@ -170,56 +172,6 @@ def leave(run: Run, signal: str, saved: int) -> int:
     saved_at = f"saved at step {run.state.step}; the same command resumes it" if run.state.step else "no step was made"
     run.tracker.finish(EXIT_PREEMPTED, f"{signal}: {saved_at}")
     return EXIT_PREEMPTED
-
-
-def account(run: Run, micro_batches: list[MicroBatch], metrics: dict, seconds: float) -> tuple[str, dict[str, str]]:
-    """Count one more step in the state, write the ledger, and agree with all ranks on what has happened.
-
-    Returns:
-        The signal for which all ranks stop ("" for none), and two digests of the global batch: which sample was in
-        which row, by the names of shards and samples, and the same by the content of the shards.
-
-    Raises:
-        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`, or where a log cannot be written.
-        RuntimeError: on all ranks, where samples that were assigned are neither trained nor replaced.
-    """
-    config, state = run.config, run.state
-    own = [record for batch in micro_batches for record in batch.bad]
-    # Of int64, so modulo 2^64.
-    digests = torch.tensor([[batch.digest, batch.content] for batch in micro_batches]).sum(0).tolist()
-    flags = [int(bool(run.stop.name)), int(bool(run.tracker.problem))]
-    news = [len(own), *flags, *digests, *run.tally.count(micro_batches)]
-    summed = distributed.all_reduce_sum(torch.tensor(news, dtype=torch.int64, device=run.engine.device)).tolist()
-    bad, stops, unwritten, *digests = summed[:5]
-    if unwritten:
-        run.tracker.check()
-
-    run.tally.add(state.step, summed[5:])
-    state.step += 1
-    state.samples_seen += config.train.global_batch
-    state.seconds += seconds
-    state.bad_samples += bad
-    state.skipped += metrics["skipped"]
-    state.skipped_in_row = state.skipped_in_row + 1 if metrics["skipped"] else 0
-    if bad:
-        run.tracker.ledger([record for records in distributed.gather_objects(own) for record in records])
-    # Ten, because one bad sample in the first batch would already be a large share of the samples seen.
-    seen = (state.step - state.first_step) * config.train.global_batch
-    if state.bad_samples > max(10, config.data.max_bad_fraction * seen):
-        raise ValueError(
-            f"data.max_bad_fraction {config.data.max_bad_fraction}: {state.bad_samples} of {seen} samples were bad; "
-            f"{run.directory / 'ledger.jsonl'} lists them with their causes. Raise it to resume, or mend them and "
-            f"train under another `name`{onward(run.directory)}"
-        )
-    if state.skipped_in_row > config.train.max_skipped:
-        raise ValueError(
-            f"train.max_skipped {config.train.max_skipped}: no finite gradient in the last {state.skipped_in_row} "
-            "steps. Resume in fp32 or with a larger train.max_skipped, or train with a lower optim.lr under another "
-            f"`name`{onward(run.directory)}"
-        )
-    stopping = (run.stop.name or "a signal to another rank") if stops else ""
-    names = ("batch_digest", "content_digest")
-    return stopping, {name: f"{digest % 2**64:016x}" for name, digest in zip(names, digests, strict=True)}
 
 
 def finish(run: Run, found: dict[str, Evaluation]) -> int:

@@ -185,7 +185,7 @@ def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool
         own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
         own = [batch.to(accelerator.device) for batch in own]
         with sabotaged(case.scheme):
-            loss = training_step(engine, own, config)["loss"]
+            loss = float(training_step(engine, own, config)["loss"])
         errors = {name: relative_error(engine.gradients[name], expected[name]) for name in expected if counts(name)}
         worst = max(errors, key=errors.get)
         results.append((abs(loss - expected_loss) / expected_loss, errors[worst], worst))
@@ -197,13 +197,13 @@ def counts(parameter: str) -> bool:
     return not parameter.endswith("attention.self.key.bias")
 
 
-def keep_gradients(engine) -> tuple[float, bool]:
+def keep_gradients(engine) -> tuple[Tensor, Tensor]:
     """In place of an engine's step: keeps whole gradients as `engine.gradients` and makes no update."""
     parameters = dict(engine.module.named_parameters())
     if not engine.sharded:
         engine.gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         engine.optimizer.zero_grad(set_to_none=True)
-        return 0.0, False
+        return torch.tensor(0.0), torch.tensor(False)
     from deepspeed.utils import safe_get_full_grad
 
     engine.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters.items()}
@@ -213,7 +213,7 @@ def keep_gradients(engine) -> tuple[float, bool]:
         averaged.clear()
     else:  # in place: parameters keep a reference to this dictionary
         averaged.update(dict.fromkeys(averaged))
-    return 0.0, False
+    return torch.tensor(0.0), torch.tensor(False)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

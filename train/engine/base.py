@@ -102,28 +102,25 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar; what is minimized is its mean over ranks."""
 
-    def step(self) -> tuple[float, bool]:
+    def step(self) -> tuple[Tensor, Tensor]:
         """Clip the gradient, update the weights, clamp, clear the gradient.
 
         Returns:
             The gradient's global norm before clipping, and whether the update was made: it is not, on any rank, where
-            the norm is not finite.
+            the norm is not finite. Scalars on the device; whoever reads them waits for it.
         """
         norm, applied = self._update()
-        if applied:
-            for parameter, low, high in self.clamped:
-                self._clamp(parameter, low, high)
+        for parameter, low, high in self.clamped:
+            self._clamp(parameter, low, high)
         return norm, applied
 
     @abstractmethod
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[Tensor, Tensor]:
         """What `step` does, without the clamping."""
 
+    @abstractmethod
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
-        before = self.full_parameter(parameter)
-        value = before.clamp(low, high)
-        if not torch.equal(value, before):
-            self._overwrite(parameter, value)
+        """Keep the values of a parameter, and what the next update starts from, between `low` and `high`."""
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 value of one parameter; a collective where ranks hold parts."""
@@ -133,10 +130,6 @@ class Engine(ABC):
     def _set_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Put a whole value into the model's parameter; the next update may start from another copy."""
         parameter.copy_(value)
-
-    def _overwrite(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Put a whole value into a parameter, and into what the next update starts from."""
-        self._set_parameter(parameter, value)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, on the CPU; a collective. Complete on rank 0, empty elsewhere."""

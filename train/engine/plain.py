@@ -39,14 +39,22 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[Tensor, Tensor]:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf))
-        applied = math.isfinite(norm)
-        if applied:
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        applied = norm.isfinite()
+        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False):
+            # What a GradScaler sets: torch's fused optimizers skip on the device, so that nobody waits for the norm.
+            self.inner_optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
+
+    @torch.no_grad()
+    def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        parameter.clamp_(low, high)
 
     def own_weights(self) -> list[Tensor]:
         return [parameter.data for _, parameter in self._trainable()]

@@ -84,11 +84,19 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss)
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[Tensor, Tensor]:
         self.wrapped.step()
         applied = not self.wrapped.optimizer.overflow
         norm = float(self.wrapped.get_global_grad_norm()) if applied else math.inf
-        return norm, applied
+        read = torch.tensor([norm, applied], dtype=torch.float64, device=self.device)  # by DeepSpeed, already
+        return read[0], read[1] > 0
+
+    def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        before = self.full_parameter(parameter)
+        value = before.clamp(low, high)
+        if not torch.equal(value, before):
+            self._set_parameter(parameter, value)
+            self._set_master(parameter, value)
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
@@ -108,10 +116,6 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if distributed.is_main():
                 parameter.copy_(value)
-
-    def _overwrite(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self._set_parameter(parameter, value)
-        self._set_master(parameter, value)
 
     def _set_master(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
         """Put a whole value into a parameter's master, or into a moment of it."""

@@ -38,7 +38,13 @@ class Ids(NamedTuple):
     def kept(self) -> Tensor:
         """[B], how many pairs remain in each row, the positive among them; by inclusion and exclusion."""
         B = self.image_B.shape[0]
-        images_B, texts_B = (torch.unique(ids_B, return_inverse=True)[1] for ids_B in self)
-        both_B = torch.unique(images_B * B + texts_B, return_inverse=True)[1]
-        same_image_B, same_text_B, same_both_B = (torch.bincount(group)[group] for group in (images_B, texts_B, both_B))
+        (image_B, same_image_B), (text_B, same_text_B) = (_groups(ids_B) for ids_B in self)
+        same_both_B = _groups(image_B * B + text_B)[1]
         return B + 1 - (same_image_B + same_text_B - same_both_B)
+
+
+def _groups(ids_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] and [B]: a number below B for each id, and how often the id occurs. Of shapes that the host knows."""
+    ordered_B = ids_B.sort().values
+    first_B = torch.searchsorted(ordered_B, ids_B)
+    return first_B, torch.searchsorted(ordered_B, ids_B, right=True) - first_B

@@ -73,7 +73,9 @@ class _Options(NamedTuple):
     def even(self, features_BD: Tensor) -> Tensor:
         """[B], 1 / the number of pairs over which the label smoothing of a row spreads."""
         B = features_BD.shape[0]
-        return 1 / (features_BD.new_full((B,), B) if self.ids is None else self.ids.kept().to(features_BD.dtype))
+        if self.ids is None or not self.smoothing:
+            return 1 / features_BD.new_full((B,), B)
+        return 1 / self.ids.kept().to(features_BD.dtype)
 
 
 class _Tile(NamedTuple):

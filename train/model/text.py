@@ -80,6 +80,7 @@ class TextTower(nn.Module):
                 f"model.text.locked_layers {config.locked_layers}: {config.name} has {len(self.blocks)} layers; give "
                 "at most that, or model.text.locked_until -1 for a tower that never learns"
             )
+        self._masks_in_full = _takes_masks_in_full(self.encoder)
         lock(self, self.blocks[: config.locked_layers])
         if config.checkpointing:
             recompute_blocks(self, self.blocks)
@@ -90,6 +91,8 @@ class TextTower(nn.Module):
 
     def hidden_states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, L] -> the last layer's [B, L, D]."""
+        if self._masks_in_full:
+            return _hidden_by_full_mask(self.encoder, ids_BL, mask_BL)
         return self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
     def pool(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -223,6 +226,35 @@ def _stretched(encoder: Any, positions: int) -> Any:
         weights[name] = resampled(weights[name], len(longer.state_dict()[name]), first_position(encoder))
     longer.load_state_dict(weights)
     return longer
+
+
+def _hidden_by_full_mask(encoder: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """[B, L, D], by a mask for each pair of tokens.
+
+    From a mask for each token transformers makes this one, unless nothing is padding, for which it has to look: in
+    every forward pass the host would wait for a GPU.
+    """
+    mask_BHLL = mask_BL.bool()[:, None, None].expand(-1, -1, mask_BL.shape[1], -1)
+    return encoder(input_ids=ids_BL, attention_mask=mask_BHLL).last_hidden_state
+
+
+@torch.no_grad()
+def _takes_masks_in_full(encoder: Any) -> bool:
+    """Whether an encoder makes the same of a mask for each pair of tokens; some read the mask of tokens elsewhere."""
+    if encoder.config._attn_implementation != "sdpa":
+        return False
+    ids_BL = torch.arange(8, device=encoder.device).view(2, 4) % encoder.config.vocab_size
+    mask_BL = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], device=encoder.device)
+    training = encoder.training
+    encoder.eval()
+    try:
+        by_token = encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        by_pair = _hidden_by_full_mask(encoder, ids_BL, mask_BL)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    finally:
+        encoder.train(training)
+    return bool((by_token == by_pair)[mask_BL > 0].all())
 
 
 def is_position_table(name: str) -> bool:

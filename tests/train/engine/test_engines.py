@@ -54,7 +54,7 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
         metrics = training_step(engine, own, config)
         average.update()
         state.step += 1
-        results.append((metrics["loss"], metrics["grad_norm"]))
+        results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     average_now = average.state()  # ahead of what gathers the weights: after a step ZeRO-3 has small ones whole
     tensors = collect(engine, average, state)
     assert all(torch.equal(value, tensors.ema[name]) for name, value in average_now.items())

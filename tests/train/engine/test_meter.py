@@ -60,7 +60,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
         set_lrs(engine.optimizer, state.step, 10, config.optim, balance.multipliers())
         own = make_batch(config, state.step)[distributed.rank() * share : (distributed.rank() + 1) * share]
         measure = config.tracking.diagnostics_every > 0
-        run.metrics.append(training_step(engine, own, config, measure))
+        run.metrics.append({name: float(value) for name, value in training_step(engine, own, config, measure).items()})
         balance.update(state.step, run.metrics[-1])
         state.step += 1
         run.multipliers.append(balance.multipliers())

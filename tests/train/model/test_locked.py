@@ -107,7 +107,8 @@ def steps(text_tower: str) -> list[tuple[float, bool, int]]:
         own = make_batch(config, step)[distributed.rank() * share : (distributed.rank() + 1) * share]
         metrics = training_step(engine, own, config)
         assert metrics["skipped"] == (step == 2)
-        results.append((metrics["grad_norm"], not engine.full_parameter(watched).equal(before), engine.updates()))
+        moved = not engine.full_parameter(watched).equal(before)
+        results.append((float(metrics["grad_norm"]), moved, engine.updates()))
     return results
 
 

@@ -71,17 +71,17 @@ def errors_of_a_rank(text_tower: str, residents: list[int]) -> list[dict[str, fl
     own = make_batch(config)[distributed.rank() * share : (distributed.rank() + 1) * share]
     found = {}
 
-    def keep_gradients() -> tuple[float, bool]:
+    def keep_gradients() -> tuple[Tensor, Tensor]:
         found.update({name: parameter.grad.clone() for name, parameter in engine.module.named_parameters()})
         engine.optimizer.zero_grad(set_to_none=True)
-        return 0.0, False
+        return torch.tensor(0.0), torch.tensor(False)
 
     engine.step = keep_gradients
     results = []
     for config.train.resident in residents:
         metrics = training_step(engine, own, config)
         errors = {name: relative_error(found[name], expected[name]) for name in expected if counts(name)}
-        results.append(errors | {"loss/apart": abs(metrics["loss/apart"] - loss) / loss})
+        results.append(errors | {"loss/apart": abs(float(metrics["loss/apart"]) - loss) / loss})
     return results
 
 
