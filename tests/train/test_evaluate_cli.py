@@ -44,6 +44,9 @@ def finished(tmp_path_factory) -> tuple[Path, RunConfig, dict[str, tuple[int, st
         "zeroshot": ["--task", "zeroshot", "--classnames", str(names), "--json"],
         "probe": ["--task", "probe", "--fit", config.data.train, "--json"],
         "probe alone": ["--task", "probe", "--data", config.data.train],
+        "corrupted": ["--task", "zeroshot", "--classnames", str(names), "--corrupt", "grey", "--json"],
+        "corrupted as a table": ["--corrupt", "jpeg"],
+        "no such corruption": ["--corrupt", "fog"],
         "no names": ["--task", "zeroshot"],
         "few names": ["--task", "zeroshot", "--classnames", str(directory / "two.txt")],
         "no classes": ["--task", "probe", "--data", str(unlabelled)],
@@ -95,6 +98,20 @@ def test_without_json_there_is_a_table(finished):
     assert [line.split()[0] for line in out.splitlines()] == ["held-out", "R@1", "R@5", "R@10", "median", "mean", "12"]
 
 
+def test_corrupted_images(finished):
+    plain, found = metrics(finished, "zeroshot"), metrics(finished, "corrupted")
+    curves = found.pop("corrupted")
+    assert found == plain
+    assert [sorted(one) for one in curves.pop("grey")] == [["mean_per_class", "top1", "top5"]] * 5 and not curves
+    assert "robustness-zeroshot.html" in finished[2]["corrupted"][2]
+    page = (finished[0] / "report" / "robustness-zeroshot.html").read_text()
+    assert "step_00000002 of small on" in page and "<th>grey, 5</th>" in page
+    status, out, _ = finished[2]["corrupted as a table"]
+    assert status == 0 and [line.split()[:2] for line in out.splitlines()[-5:]] == [
+        ["jpeg", str(n)] for n in range(1, 6)
+    ]
+
+
 def test_other_data(finished):
     assert metrics(finished, "other data")["n_images"] == 4
 
@@ -125,6 +142,7 @@ def test_probe(finished):
         ("fit for zeroshot", "is for the task knn or probe, not for zeroshot"),
         ("no fit data", "nowhere"),
         ("workers", "--workers -1: 0"),
+        ("no such corruption", "--corrupt fog: give all, or some of noise,blur,jpeg,grey"),
         ("no data", "nowhere"),
         ("no run", "nowhere: there is no complete checkpoint"),
     ],
