@@ -36,6 +36,7 @@ def small(name: str, directory: Path) -> RunConfig:
     config.runs_dir, config.tracking.wandb = str(directory / "runs"), "disabled"
     config.data.train = str(write_data(directory / "data", [8]))
     config.data.val, config.data.image_size, config.data.lanes, config.data.workers = "", 32, 1, 0
+    config.eval.tasks = []
     write_tokenizer(directory / "text")
     config.model.text.name = write_bert(directory / "text", width=width, vocab_size=100, max_position_embeddings=80)
     config.model.image.name, config.model.image.weights, config.model.text.weights = image, "scratch", "scratch"
