@@ -2,7 +2,7 @@
 
 All processes collect it together, before the page is written by one of them. The work is bounded whatever the data are:
 of more than HELD_OUT_IMAGES held-out images those at even distances are shown; training images all, or none where they
-are more than TRAINING_IMAGES or not local. Shape suffixes: N images, M texts, Q queries, D embedding.
+are more than TRAINING_IMAGES or not all here. Shape suffixes: N images, M texts, Q queries, D embedding.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest, Shard
 from data_pipeline.storage.remote import is_remote
+from train import distributed
 from train.evaluation.encode import Encoder, Features
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation, Predictions
@@ -115,9 +117,19 @@ def collect(
 
 
 def training_is_shown(training: Sequence[Manifest]) -> bool:
-    """Whether the training images are few enough, and here."""
-    local = not any(is_remote(shard.url) for manifest in training for shard in manifest.shards)
-    return local and 0 < sum(manifest.nsamples for manifest in training) <= TRAINING_IMAGES
+    """Whether the training images are few enough, and here; one answer for all processes, which ask together."""
+    shards = [shard for manifest in training for shard in manifest.shards]
+    if any(is_remote(shard.url) for shard in shards):
+        return False
+    # The run has been trained: a shard that is gone by now is no reason to end it without its results.
+    gone = any(not is_whole(shard) for shard in shards)
+    return not distributed.any_rank(gone) and 0 < sum(manifest.nsamples for manifest in training) <= TRAINING_IMAGES
+
+
+def is_whole(shard: Shard) -> bool:
+    """Whether the file of a local shard is there, in the size that it had."""
+    path = Path(shard.url)
+    return path.is_file() and path.stat().st_size == shard.filesize
 
 
 def even(total: int, most: int) -> list[int]:
