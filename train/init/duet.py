@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from train import checkpoint, cli
 from train.init import hf, open_clip
@@ -36,7 +38,7 @@ def read(name: str) -> Origin:
     image, encoder, tokenizer = model.image.name, text.name, text.tokenizer or text.name
     if (path / TEXT).is_dir():
         encoder, tokenizer = str(path / TEXT), str(path / TOKENIZER)
-    fields = {
+    fields: dict[str, Sequence[Any]] = {
         "model.image.name": (image, *([f"timm/{image}"] if image in TORCHVISION_IN_TIMM else [])),
         "model.text.name": (encoder,),
         "model.text.tokenizer": (tokenizer,),

@@ -26,7 +26,7 @@ from train.loss.ids import Ids
 @contextmanager
 def exact_matmul(device_type: str) -> Iterator[None]:
     """Matrix products in the precision of their arguments: no autocast, no TF32 or bf16 inside."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         precision = torch.get_float32_matmul_precision()

@@ -100,7 +100,7 @@ class TextTower(nn.Module):
         if self.pooling == "cls":
             return hidden_BLD[:, 0]
         if self.pooling == "pooler":
-            return self.encoder.pooler(hidden_BLD)
+            return self.encoder.get_submodule("pooler")(hidden_BLD)
         if self.pooling == "last":
             last_B11 = (mask_BL.sum(1) - 1).clamp_min(0).view(-1, 1, 1)
             return hidden_BLD.gather(1, last_B11.expand(-1, 1, hidden_BLD.shape[2]))[:, 0]
