@@ -126,7 +126,7 @@ class WorkerLoader:
     The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here
     as it was there. When the iterator ends, is closed or is forgotten, its processes end; or, where they are to be
     kept for the next iteration, when this object does. A process that dies, or makes nothing for as long as `patience`
-    says, ends the iterator by a LoaderFailure; then all of them are killed.
+    says (where they are not kept), ends the iterator by a LoaderFailure; then all of them are killed.
     """
 
     def __init__(
@@ -152,7 +152,8 @@ class WorkerLoader:
             worker_init_fn=_start,
             persistent_workers=keep and workers > 0,
             pin_memory=torch.cuda.is_available(),
-            timeout=POLL_SECONDS if workers else 0,
+            # Kept processes are waited for by torch as well, when an iteration begins: that may take longer.
+            timeout=POLL_SECONDS if workers and not keep else 0,
         )
 
     def __iter__(self) -> Iterator:
