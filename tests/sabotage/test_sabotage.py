@@ -31,6 +31,7 @@ def pytest_in(directory: Path, *arguments: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=900, check=False)
 
 
+@pytest.mark.slow
 def test_every_sabotage_fits_the_code_and_names_a_test_that_there_is() -> None:
     assert len(PATCHES) >= LEAST
     for patch in PATCHES:
