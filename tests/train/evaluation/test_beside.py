@@ -1,9 +1,15 @@
 """Sets in CLIP_benchmark's layout are read as they are."""
 
+import io
 from pathlib import Path
 
 import pytest
+import webdataset
+from PIL import Image
 
+from data_pipeline.__main__ import main
+from data_pipeline.storage.manifest import load_manifest
+from tests.support.pictures import picture
 from tests.support.small import COLOURS, write_data
 from train.config import EvalTask, RunConfig
 from train.evaluation import build_task
@@ -55,3 +61,43 @@ def test_without_them_a_set_is_for_retrieval(colours):
     (colours.parent / "classnames.txt").unlink()
     with pytest.raises(ValueError, match=r"zeroshot needs `classnames`.*classnames.txt beside the data"):
         build_task(EvalTask(task="zeroshot", data=str(colours)))
+
+
+def exported(folder: Path, samples: list[dict], **beside: list[str]) -> Path:
+    """As clip_benchmark 1.6.2's webdataset_builder writes a set of one split: the folder of that, with a manifest."""
+    (folder / "test").mkdir(parents=True)
+    for name, lines in beside.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    with webdataset.ShardWriter(str(folder / "test" / "%d.tar"), maxcount=5, verbose=0) as sink:
+        for number, sample in enumerate(samples):
+            image = io.BytesIO()
+            Image.open(io.BytesIO(picture(number))).convert("RGB").save(image, format="webp", lossless=True)
+            sink.write({"__key__": f"s{number:07d}", "webp": image.getvalue(), **sample})
+    (folder / "test" / "nshards.txt").write_text("3\n")
+    rule = "lines" if "dataset_type" in beside else "whole"
+    assert main(["index", str(folder / "test"), "--captions", rule, "--workers", "1"]) == 0
+    return folder / "test"
+
+
+def test_an_exported_set_of_classes_says_nowhere_that_it_is_one(tmp_path):
+    beside = {"classnames": list(COLOURS), "zeroshot_classification_templates": ["a {c} picture", "a drawing of {c}."]}
+    data = exported(tmp_path / "colours", [{"cls": number % len(COLOURS)} for number in range(12)], **beside)
+    assert load_manifest(data).statistics["uncaptioned"] == 12
+    for place in (data, data / "manifest.json", data / "{0..2}.tar"):
+        task = build_task(EvalTask(data=str(place)))
+        assert isinstance(task, Zeroshot) and task.names == list(COLOURS)
+        assert task.templates == ["a {} picture", "a drawing of {}."]
+
+
+def test_an_exported_set_of_captions_is_for_retrieval(tmp_path):
+    texts = [{"txt": f"a picture\\nno. {number}\na drawing\nx"} for number in range(12)]
+    data = exported(tmp_path / "captions", texts, dataset_type=["retrieval"])
+    task = build_task(EvalTask(data=str(data)))
+    assert task.given.task == "retrieval" and task.manifest.captions == "lines"
+    assert task.manifest.statistics["captions_per_image"]["mean"] == 3
+
+
+def test_an_exported_set_of_several_classes_per_image_is_refused(tmp_path):
+    data = exported(tmp_path / "several", [{"cls": 1}] * 3, dataset_type=["multilabel"], classnames=["a", "b"])
+    with pytest.raises(ValueError, match=r"dataset_type\.txt says multilabel, and several classes per image"):
+        build_task(EvalTask(data=str(data)))
