@@ -44,6 +44,10 @@ class Readers:
         of_shard = {NAME: self._names[source][shard], SHA256: self.manifests[source].shards[shard].sha256}
         return raw | {CAPTIONS: self.manifests[source].captions} | of_shard
 
+    def name(self, source: int, shard: int, index: int) -> str:
+        """What `sample_name` of the raw sample is; nothing of it is read. Raises as `raw`."""
+        return f"{self._names[source][shard]}/{self._reader(source, shard).key(index)}"
+
     def size(self, source: int, shard: int) -> int:
         """Samples of a shard."""
         return self.manifests[source].shards[shard].nsamples

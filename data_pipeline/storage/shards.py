@@ -65,6 +65,10 @@ class ShardReader:
         # Last, since a member may have such an extension.
         return sample | {"__key__": key, "__shard__": self.url}
 
+    def key(self, index: int) -> str:
+        """The key of sample `index`, of which nothing is read."""
+        return self._entries[int(self._selected[index])].key
+
     @property
     def deleted(self) -> bool:
         """Whether the tar was deleted since: it can be read, and fills the disk, until it is closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from data_pipeline.order import sequential
 from data_pipeline.samples.image import decode_image
 from data_pipeline.samples.text import split
 from data_pipeline.stages.readers import Readers
-from data_pipeline.stages.slots import sample_name
 from data_pipeline.storage.manifest import Manifest
 from train.evaluation.encode import Features
 
@@ -32,6 +32,8 @@ class Pictures:
         self.features, self.manifest, self.config = features, manifest, config
         self.readers = Readers([manifest], config)
         self.positions = sequential([shard.nsamples for shard in manifest.shards])
+        self.left_out: list[tuple[int, int]] = [(0, 0)]
+        """Rows that were found, sorted, and how many samples before each are not among the rows."""
 
     def square(self, row: int, side: int) -> Image.Image:
         """The whole image, on the background, in a square of `side` pixels."""
@@ -44,11 +46,14 @@ class Pictures:
         return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=tuple(self.config.background))
 
     def _raw(self, row: int) -> dict:
-        # Rows leave out the samples that were bad or had no caption: a row's sample is at its number or later.
-        for position in self.positions[row : row + len(self.features.bad) + 1]:
-            raw = self.readers.raw(position.source, position.shard, position.index)
-            if sample_name(raw) == self.features.keys[row]:
-                return raw
+        # Rows leave out the samples that were bad or had no caption: a row's sample is at its number or later, by no
+        # fewer places than that of a row before it.
+        before = self.left_out[bisect.bisect_right(self.left_out, (row, len(self.positions))) - 1][1]
+        for left_out in range(before, len(self.features.bad) + 1):
+            place = self.positions[row + left_out]
+            if self.readers.name(place.source, place.shard, place.index) == self.features.keys[row]:
+                bisect.insort(self.left_out, (row, left_out))
+                return self.readers.raw(place.source, place.shard, place.index)
         raise ValueError(f"sample {self.features.keys[row]} is no longer in {self.manifest.path}")
 
 

@@ -166,6 +166,19 @@ def test_images_are_those_of_the_row_also_after_bad_samples(tmp_path):
             assert ImageChops.difference(square.crop((0, 2, 40, 38)), original.convert("RGB")).getbbox() is None
 
 
+def test_nothing_is_read_of_the_samples_that_are_left_out(tmp_path):
+    manifest = load_manifest(write_data(tmp_path / "data", (30, 30), bad=range(10, 50)))
+    pictures = Pictures(features_of(manifest), manifest, RunConfig().data)
+    named, read = [], []
+    name, raw = pictures.readers.name, pictures.readers.raw
+    pictures.readers.name = lambda *place: named.append(place) or name(*place)
+    pictures.readers.raw = lambda *place: read.append(place) or raw(*place)
+    for row in [*range(10, 20), 3, 12]:
+        pictures.square(row, 8)
+    assert [shard * 30 + index for _, shard, index in read] == [*range(50, 60), 3, 52]
+    assert len(named) == 41 + 9 + 1 + 1, "the way to the first one is gone once"
+
+
 def test_the_sheet_holds_each_image_in_its_cell(tmp_path, manifest):
     given_to = shown(manifest)
     (sheet,) = explore(given_to, RunConfig().data, tmp_path)["sheets"]
