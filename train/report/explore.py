@@ -27,6 +27,8 @@ NEAREST_TEXTS = 6
 """Texts that are kept for an image."""
 GALLERY, GALLERY_IMAGES = 8, 7
 """Texts and images, at even distances in the data, that are shown with the nearest of all held-out data."""
+CHUNK = 8192
+"""Rows that are in float64 at once."""
 SIDE, TRAINING_SIDE = 96, 64
 """Pixels of a held-out and of a training image on the page."""
 
@@ -109,8 +111,8 @@ def answers(
         `n` of the held-out images, `a` of all of them where there are training images, `r` the right ones among both.
     """
     found = []
-    for query, query_D in zip(queries, query_QD, strict=True):
-        scores_I = image_ID.double() @ query_D.double()
+    scores_QI = query_QD.double() @ image_ID.double().T
+    for query, scores_I in zip(queries, scores_QI, strict=True):
         near = best(scores_I[:searched], NEAREST)
         both = [places[row] for row in best(scores_I, NEAREST)] if len(places) > searched else []
         right = [item for item in dict.fromkeys([*near, *both]) if is_right(query, items[item])]
@@ -142,7 +144,8 @@ def nearest_texts(exhibit: Exhibit, image_ID: Tensor) -> list[list[int]]:
 
 def nearest(query_D: Tensor, items_ID: Tensor, right_I: Tensor) -> tuple[Tensor, int]:
     """All items from the best on, and the position of the best right one among the wrong ones; ties go to the wrong."""
-    scores_I = items_ID.double() @ query_D.double()
+    # In parts: in float64 a large set would take as much memory again as twice its features.
+    scores_I = torch.cat([part.double() @ query_D.double() for part in items_ID.split(CHUNK)])
     order_I = torch.argsort(scores_I - TIE * right_I, descending=True, stable=True)
     hits_I = right_I[order_I]
     return order_I, 1 + int((~hits_I[: int(hits_I.int().argmax())]).sum())
