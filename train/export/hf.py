@@ -106,4 +106,4 @@ class HfTarget(Target):
 
     def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:
         found = embed_apart(EMBED, sys.executable, directory, images, captions)
-        return {"transformers": found._replace(tie=ROUGH_TIE, other_crop=True)}
+        return {"transformers": found._replace(tie=ROUGH_TIE, other_pixels=True)}

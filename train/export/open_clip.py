@@ -86,7 +86,7 @@ class OpenClipTarget(Target):
 
     def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:
         found = embed_apart(EMBED, self.python or sys.executable, directory, images, captions)
-        return {"open_clip": found._replace(tie=ROUGH_TIE, other_crop=True)}
+        return {"open_clip": found._replace(tie=ROUGH_TIE, other_pixels=True)}
 
     def settle(self, directory: Path, final: Path) -> None:
         content = json.loads((directory / CONFIG).read_text())

@@ -16,7 +16,11 @@ from torch import Tensor
 from data_pipeline.samples.transforms import eval_transform
 from train.export.source import Source
 
-COUNT, BATCH, ODD = 64, 16, 16
+COUNT, FEW, BATCH = 64, 16, 16
+OTHERS = ("images of odd sizes, cropped up to half a pixel elsewhere", "large JPEG files, decoded at their full size")
+"""Of what other code makes other pixels than Duet's evaluation, which crops between pixels, and decodes a JPEG file at
+a half, a quarter or an eighth of its size where that is enough; FEW of each."""
+ODD_SIZES, LARGE_JPEG = range(len(OTHERS))
 LEAST_COSINE = 0.9999
 TIE, ROUGH_TIE = 1e-4, 5e-3
 """Similarities that differ by less have no order: of the same pixels in fp32; in fp16, or of pictures shrunk by other
@@ -26,38 +30,43 @@ WORDS = ("a", "the", "two", "red", "small", "cat", "ship", "tree", "of", "on", "
 
 
 class Features(NamedTuple):
-    """Unit vectors, what counts as a tie between their similarities, and whether other code cropped the pictures."""
+    """Unit vectors, what counts as a tie between their similarities, and whether other code prepared the pictures."""
 
     image_ND: Tensor
     text_MD: Tensor
     tie: float = TIE
-    other_crop: bool = False
+    other_pixels: bool = False
 
 
-def make_pairs(directory: Path, shorter: int) -> tuple[list[Path], list[str]]:
+def make_pairs(directory: Path, shorter: int, middle: int) -> tuple[list[Path], list[str]]:
     """The same pictures every time, of many sizes, as files in a new directory, and captions of many lengths.
 
-    Shrunk to `shorter` pixels on the shorter side, each of the first COUNT has a longer one of whole pixels, and its
-    middle starts at a whole pixel. The last ODD are of odd sizes: there, the ways to crop are up to half a pixel apart,
-    whichever is right.
+    Of the first COUNT, every right way to prepare them gives the same pixels, but for rounding. Shrunk to `shorter`
+    pixels on the shorter side, each has a longer one of whole pixels, and its middle, a square of `middle` pixels,
+    starts at a whole pixel; its colour is even along the edges of that, so that it does not matter which one is first,
+    to crop or to shrink. No JPEG file is so large that it could be decoded at half its size. Then those of OTHERS.
     """
     rng = random.Random(0)
     directory.mkdir(parents=True)
     images, captions = [], []
-    for number in range(COUNT + ODD):
+    for number in range(COUNT + FEW * len(OTHERS)):
+        others = (number - COUNT) // FEW
         factor, longer = rng.choice((1, 2, 3, 4)), shorter + 2 * rng.randint(0, shorter // 2)
+        factor = max(factor, 2) if others == LARGE_JPEG else factor
         size = (shorter * factor, longer * factor) if rng.random() < 0.5 else (longer * factor, shorter * factor)
-        if number >= COUNT:
+        if others == ODD_SIZES:
             size = (size[0] | 1, size[1] * 6 // 5 | 1)
-        images.append(directory / f"{number:02d}.{('jpg', 'png')[number % 2]}")
-        draw(size, factor, rng).save(images[-1], quality=95)
+        jpeg = others == LARGE_JPEG or (others < 0 and factor == 1)
+        images.append(directory / f"{number:02d}.{'jpg' if jpeg else 'png'}")
+        draw(size, factor, rng, middle * factor if others < 0 else max(size)).save(images[-1], quality=95)
         if number < COUNT:
             captions.append(" ".join(rng.choice(WORDS) for _ in range(rng.choice((1, 5, 9, 20, 200)))))
     return images, captions
 
 
-def draw(size: tuple[int, int], factor: int, rng: random.Random) -> Image.Image:
-    """A picture as soft as a photograph is `factor` times as large: at hard edges, ways to shrink it differ most."""
+def draw(size: tuple[int, int], factor: int, rng: random.Random, middle: int) -> Image.Image:
+    """A picture as soft as a photograph of `factor` times the size that it is shrunk to: at hard edges, ways to shrink
+    it differ most. It has one colour along the edges of its middle, a square of `middle` pixels."""
     picture = Image.new("RGB", size, tuple(rng.randrange(256) for _ in "rgb"))
     pen = ImageDraw.Draw(picture)
     for _ in range(12):
@@ -65,6 +74,12 @@ def draw(size: tuple[int, int], factor: int, rng: random.Random) -> Image.Image:
         shape = rng.choice((pen.ellipse, pen.rectangle))
         end = tuple(start + rng.randint(1, side) for start, side in zip((x, y), size, strict=True))
         shape(((x, y), end), fill=tuple(rng.randrange(256) for _ in "rgb"))
+    colour, reach = tuple(rng.randrange(256) for _ in "rgb"), 8 * factor  # of the kernel and of the blur below
+    for axis, length in enumerate(size):
+        for edge in ((length - middle) // 2, (length + middle) // 2) if length > middle else ():
+            box = [0, 0, *size]
+            box[axis], box[axis + 2] = edge - reach, edge + reach
+            pen.rectangle(tuple(box), fill=colour)
     return picture.filter(ImageFilter.GaussianBlur(factor))
 
 
@@ -82,10 +97,10 @@ def compare(name: str, wanted: Features, found: Features) -> str:
 
     Raises:
         ValueError: a cosine is below 0.9999, or candidates that are no ties are ranked otherwise; where other code
-            cropped the pictures, those of odd sizes do not count.
+            prepared the pictures, only the first COUNT of them have to agree.
     """
     image_N = torch.cosine_similarity(wanted.image_ND, found.image_ND)
-    count = COUNT if found.other_crop else len(image_N)
+    count = COUNT if found.other_pixels else len(image_N)
     cosines = {
         "image": image_N[:count].min().item(),
         "text": torch.cosine_similarity(wanted.text_MD, found.text_MD).min().item(),
@@ -98,13 +113,11 @@ def compare(name: str, wanted: Features, found: Features) -> str:
     if swapped > found.tie:
         raise ValueError(f"{name}: candidates are ranked otherwise whose similarities differ by {swapped:.6f}")
     least = ", ".join(f"{tower} {cosine:.7f}" for tower, cosine in cosines.items())
-    line = f"{name}: least cosine {least}; the same ranking of {COUNT} pairs"
-    if count == len(image_N):
-        return line
-    odd = image_N[count:].min().item()
-    return (
-        f"{line}\n{name}: of images of odd sizes, which it crops up to half a pixel elsewhere, least cosine {odd:.4f}"
-    )
+    lines = [f"{name}: least cosine {least}; the same ranking of {COUNT} pairs"]
+    if found.other_pixels:
+        for what, part_N in zip(OTHERS, image_N[COUNT:].split(FEW), strict=True):
+            lines.append(f"{name}: least cosine {part_N.min():.4f} of {what}")
+    return "\n".join(lines)
 
 
 def _swapped(before_NM: Tensor, after_NM: Tensor) -> float:

@@ -69,7 +69,8 @@ def export(source: Source, target: Target, out: Path) -> list[str]:
     shutil.rmtree(pairs, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        images, captions = make_pairs(pairs, round(source.image_size / source.config.data.eval_crop))
+        size = source.image_size
+        images, captions = make_pairs(pairs, round(size / source.config.data.eval_crop), size)
         with torch.no_grad():
             target.write(source, part)
             wanted = reference(source, images, captions)
