@@ -15,7 +15,7 @@ import torch
 
 from train.export.apart import embed_apart
 from train.export.files import write_inputs
-from train.export.pairs import ROUGH_TIE, Features
+from train.export.pairs import HALF_COSINE, HALF_TIE, Features
 from train.export.programs import programs
 from train.export.source import Source
 from train.export.target import Target
@@ -90,4 +90,4 @@ class OnnxTarget(Target):
         given = (sys.executable, directory, images, captions)
         single = embed_apart(EMBED.replace("SUFFIX", ""), *given)
         half = embed_apart(EMBED.replace("SUFFIX", "_fp16"), *given)
-        return {"fp32": single, "fp16": half._replace(tie=ROUGH_TIE)}
+        return {"fp32": single, "fp16": half._replace(tie=HALF_TIE, least=HALF_COSINE)}
