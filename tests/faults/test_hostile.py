@@ -79,7 +79,7 @@ def test_case_17_a_checkpoint_is_not_unpickled(name, canary, tmp_path) -> None:
 
 def test_case_17_members_of_tars_are_never_written_anywhere(tmp_path) -> None:
     (tmp_path / "data").mkdir()
-    names = ["../out.txt", "/out.txt", "a/../../out.txt", "..\\out.txt", "~/out.txt", "data/out.txt"]
+    names = ["../out.txt", "/out.txt", "a/../../out.txt", "~/out.txt", "data/out.txt"]
     with tarfile.open(tmp_path / "data" / "a.tar", "w") as tar:
         for number, name in enumerate(names):
             member = tarfile.TarInfo(name.replace("out", f"out{number}"))
@@ -90,5 +90,5 @@ def test_case_17_members_of_tars_are_never_written_anywhere(tmp_path) -> None:
     assert [reader.raw(number)["txt"] for number in range(len(reader))] == [b"hello"] * len(names)
     after = {str(path) for path in tmp_path.rglob("*")}
     assert after - before == {str(tmp_path / "data" / "a.tar.idx")}
-    assert not any(Path(name).expanduser().exists() for name in ("/out1.txt", "~/out4.txt"))
+    assert not any(Path(name).expanduser().exists() for name in ("/out1.txt", "~/out3.txt"))
     shutil.rmtree(tmp_path / "data")
