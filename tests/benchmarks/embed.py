@@ -4,8 +4,8 @@
 
 Two passes over the same samples take turns: the whole of `train.embed` into a new directory, and the bare towers on
 batches that are decoded and tokenized already, while a loader decodes the same samples beside them, as it does for the
-command: on a machine of few cores both then have the same ones to themselves. The ratio of each pair of neighbours; the
-median of them. `--precision` and `--batch` as in the command.
+command: on a machine of few cores both then have the same ones to themselves. The median of the ratios of neighbours,
+by the wall clock and by the process's CPU time, which other work changes less, but which does not see waiting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,25 +46,27 @@ def main() -> None:
     towers = load_towers(options.model, precision=options.precision, device=device)
     given = find_input(options.data)
     batches = list(load(towers, given, options.batch, options.workers))
-    ratios, rates = [], []
+    pairs = []
     for pair in range(options.pairs + 1):
-        bare = given.samples / bare_seconds(towers, given, batches, options.batch, options.workers)
+        bare = timed(lambda: run_bare(towers, given, batches, options.batch, options.workers))
         with tempfile.TemporaryDirectory() as name:
-            began = time.perf_counter()
-            embed(towers, given, Path(name) / "out", batch=options.batch, workers=options.workers)
-            whole = given.samples / (time.perf_counter() - began)
+            out = Path(name) / "out"
+            whole = timed(partial(embed, towers, given, out, batch=options.batch, workers=options.workers))
         if pair:  # the first one warms up
-            ratios.append(whole / bare)
-            rates.append((bare, whole))
+            pairs.append((bare, whole))
+    shares = {
+        clock: [bare[number] / whole[number] for bare, whole in pairs] for number, clock in enumerate(("wall", "cpu"))
+    }
     report = {
         "model": options.model,
         "samples": given.samples,
         "precision": towers.precision,
         "batch": options.batch,
-        "bare_rate": statistics.median(bare for bare, _ in rates),
-        "embed_rate": statistics.median(whole for _, whole in rates),
-        "share": statistics.median(ratios),
-        "shares": [round(ratio, 4) for ratio in ratios],
+        "bare_rate": given.samples / statistics.median(bare[0] for bare, _ in pairs),
+        "embed_rate": given.samples / statistics.median(whole[0] for _, whole in pairs),
+        "share": statistics.median(shares["wall"]),
+        "cpu_share": statistics.median(shares["cpu"]),
+        "shares": {clock: [round(share, 4) for share in found] for clock, found in shares.items()},
     }
     print(json.dumps(report) if options.json else "\n".join(f"{key}: {value}" for key, value in report.items()))
     if report["share"] < AIM:
@@ -74,16 +78,20 @@ def load(towers: Towers, given: Input, batch: int, workers: int):
     return sample_loader(config, given.readers(config), given.positions(), towers.tokenizer, batch=batch)
 
 
-def bare_seconds(towers: Towers, given: Input, batches: list[EvalBatch], batch: int, workers: int) -> float:
-    """The time that the towers take for these batches, while a loader makes as many and hands them over."""
-    beside = load(towers, given, batch, workers)
-    began = time.perf_counter()
-    for one, _ in zip(batches, beside, strict=True):
+def run_bare(towers: Towers, given: Input, batches: list[EvalBatch], batch: int, workers: int) -> None:
+    """The towers on these batches, while a loader makes as many and hands them over."""
+    for one, _ in zip(batches, load(towers, given, batch, workers), strict=True):
         towers.images(one.images_BCHW)
         towers.tokens(one.ids_ML, one.mask_ML, batch)
     if towers.device.type != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - began
+
+
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the wall clock, and of this process's CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 if __name__ == "__main__":
