@@ -21,7 +21,9 @@ def failures(stages: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["waits", "loss"])
-def test_a_stage_measures(tmp_path, name):
+def test_a_stage_measures(tmp_path, monkeypatch, name):
+    for variable in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):  # which a stage sets for its own process
+        monkeypatch.setenv(variable, "")
     bench = Bench(tmp_path / "rows.json", 3600, tiny=True)
     named(name).run(bench)
     saved = json.loads((tmp_path / "rows.json").read_text())
