@@ -24,9 +24,9 @@ def check(engine: str, world: int, losses: tuple[str, ...], accumulations: tuple
 @pytest.mark.parametrize(
     ("engine", "world", "losses", "accumulations"),
     [
-        ("plain", 1, ("sigmoid", LEVELS), (1, 2, 4)),
-        ("ddp", 2, ("sigmoid", SELF_SUPERVISED), (1, 2, 4)),
-        ("zero2", 2, ("tiled", SELF_SUPERVISED), (1, 2, 4)),
+        ("plain", 1, ("sigmoid", LEVELS), (1, 4)),
+        ("ddp", 2, ("sigmoid", SELF_SUPERVISED), (1, 4)),
+        ("zero2", 2, ("tiled", SELF_SUPERVISED), (1, 4)),
         ("zero3", 2, ("tiled", LEVELS), (2,)),
     ],
 )

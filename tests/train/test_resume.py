@@ -168,6 +168,7 @@ def test_other_data_is_refused_and_leaves_the_configuration_as_it_was(copied, tm
     refused(copied, "was trained on other data")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_saves_and_resumes_under_the_names_of_the_plain_one(copied, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     command = running.command(copied, Path(copied.runs_dir).parent)

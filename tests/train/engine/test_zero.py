@@ -116,7 +116,8 @@ def waits(seconds: int) -> list[float]:
     return waited
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_case_14_no_group_waits_longer_for_a_rank_than_duet_timeout(stage):
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
     waited, _ = run_distributed(waits, 2, 2, environment=environment | {"CUDA_VISIBLE_DEVICES": ""})
