@@ -29,7 +29,7 @@ from train.evaluation.templates import TEMPLATES
 
 
 class Zeroshot(Task):
-    """`zeroshot_metrics` of the images that have a class; those without one are counted."""
+    """`accuracy` of the nearest classes, over the images that have a class; those without one are counted."""
 
     options: ClassVar = {
         "classnames": "a file with one class name per line (or a list), in the order of their numbers; default: "
@@ -56,10 +56,9 @@ class Zeroshot(Task):
         tested = labelled(features, self.manifest.path)
         rows_N = class_indices(tested.classes, self.names, self.manifest.path)
         class_CD = class_features(encoder, self.names, self.templates)
-        metrics = zeroshot_metrics(tested.image_ND, class_CD, rows_N)
-        nearest_N = (tested.image_ND.double() @ class_CD.double().T).argmax(-1)
-        predictions = Predictions(self.names, tested.keys, rows_N.tolist(), nearest_N.tolist())
-        return Evaluation(metrics | tested.counts, features, predictions)
+        scores_NC = class_scores(tested.image_ND, class_CD)
+        predictions = Predictions(self.names, tested.keys, rows_N.tolist(), scores_NC.argmax(-1).tolist())
+        return Evaluation(accuracy(scores_NC, rows_N) | tested.counts, features, predictions)
 
 
 def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -70,6 +69,11 @@ def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[s
 
 def zeroshot_metrics(image_ND: Tensor, class_CD: Tensor, right_N: np.ndarray) -> dict[str, float]:
     """`accuracy` of the nearest classes. Raises ValueError on features that are not finite."""
+    return accuracy(class_scores(image_ND, class_CD), right_N)
+
+
+def class_scores(image_ND: Tensor, class_CD: Tensor) -> Tensor:
+    """Cosines float64 [N, C] of images and classes. Raises ValueError on features that are not finite."""
     check_finite("image", image_ND)
     check_finite("class", class_CD)
-    return accuracy(image_ND.double() @ class_CD.double().T, right_N)
+    return image_ND.double() @ class_CD.double().T
