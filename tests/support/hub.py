@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.support.server import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -103,14 +103,5 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing on the screen."""
 
 
-@contextmanager
-def serve(directory: Path) -> Iterator[Hub]:
-    hub = Hub(directory)
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()
+def serve(directory: Path) -> AbstractContextManager[Hub]:
+    return serving(Hub(directory))

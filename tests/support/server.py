@@ -3,9 +3,12 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
 
 
 class Server(ThreadingHTTPServer):
@@ -66,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(directory: Path) -> Iterator[Server]:
-    server = Server(directory)
+def serving(server: S) -> Iterator[S]:
+    """Within it any server answers, in a thread."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -76,3 +79,7 @@ def serve(directory: Path) -> Iterator[Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def serve(directory: Path) -> AbstractContextManager[Server]:
+    return serving(Server(directory))

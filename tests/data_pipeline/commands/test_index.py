@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.shards import ShardWriter
 from tests.support.pack_inputs import group_is_gone, start
 from tests.support.pictures import tiny_image
-from tests.support.server import serve
+from tests.support.server import serve, serving
 
 
 def index(*arguments: object, workers: int = 1) -> int:
@@ -163,12 +162,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def served(shards):
     """The shards over http, from a thread."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Quiet(*args, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def test_remote_shards(served, shards, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import functools
 import gzip
 import json
-import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data_pipeline.storage.manifest import load_manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.storage.shards import ShardReader
 from tests.support.pictures import tiny_image
-from tests.support.server import serve
+from tests.support.server import serve, serving
 from tests.support.tars import write_tar
 
 LINES = [f"caption {number}" for number in range(5)]
@@ -181,11 +180,9 @@ def test_a_remote_directory_stands_for_its_tars(tmp_path):
         write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", tiny_image(1)), (f"{name}.txt", b"text")])
     (tmp_path / "notes.txt").write_text("no tar")
     handler = functools.partial(QuietHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as server:
         url = f"http://127.0.0.1:{server.server_port}/"
         assert expand([url]) == [f"{url}a.tar", f"{url}b.tar"]
-        server.shutdown()
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
