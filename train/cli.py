@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,16 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
     ignore = machine_fields(RunConfig) | {"name"}
     changed = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if key not in ignore]
+
+
+def exit_status(command: Callable[[], object], options: Iterable[str] = ()) -> int:
+    """Run a command: 0, or 2 where it ends by a ValueError, the user's mistake, which is said in flags."""
+    try:
+        command()
+    except ValueError as error:
+        print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def with_flags(message: str, options: Iterable[str] = ()) -> str:

@@ -43,14 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     options = make_parser().parse_args(argv)
     try:
-        _curate(options)
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
-        return 2
+        return cli.exit_status(lambda: _curate(options), OPTIONS)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _curate(options: argparse.Namespace) -> None:

@@ -42,25 +42,24 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     options = make_parser().parse_args(argv)
-    try:
-        if options.batch < 0 or options.workers < 0:
-            name = "batch" if options.batch < 0 else "workers"
-            raise ValueError(f"{name} {getattr(options, name)}: give 0 or more")
-        from data_pipeline.embeddings.inputs import find_input  # after parsing: --help answers without loading torch
+    return cli.exit_status(lambda: _embed(options), OPTIONS)
 
-        given = find_input(options.input)
-        from train.engine.start import start
-        from train.use.embed import embed
-        from train.use.towers import load_towers
 
-        accelerator = start()
-        towers = load_towers(options.model, options.step, precision=options.precision, device=accelerator.device)
-        if made := embed(towers, given, Path(options.out), batch=options.batch, workers=options.workers):
-            print(made)
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
-        return 2
-    return 0
+def _embed(options: argparse.Namespace) -> None:
+    if options.batch < 0 or options.workers < 0:
+        name = "batch" if options.batch < 0 else "workers"
+        raise ValueError(f"{name} {getattr(options, name)}: give 0 or more")
+    from data_pipeline.embeddings.inputs import find_input  # after parsing: --help answers without loading torch
+
+    given = find_input(options.input)
+    from train.engine.start import start
+    from train.use.embed import embed
+    from train.use.towers import load_towers
+
+    accelerator = start()
+    towers = load_towers(options.model, options.step, precision=options.precision, device=accelerator.device)
+    if made := embed(towers, given, Path(options.out), batch=options.batch, workers=options.workers):
+        print(made)
 
 
 if __name__ == "__main__":

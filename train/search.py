@@ -35,12 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     options = make_parser().parse_args(argv)
-    try:
-        _search(options)
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.exit_status(lambda: _search(options), OPTIONS)
 
 
 def _search(options: argparse.Namespace) -> None:

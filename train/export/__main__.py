@@ -37,22 +37,21 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, or an export that differs from the model."""
     options = make_parser().parse_args(argv)
-    try:
-        from train.export.soup import in_words  # after parsing: --help answers without loading torch
-        from train.export.source import load_source
-        from train.export.target import export, find_target
+    return cli.exit_status(lambda: _export(options), OPTIONS)
 
-        greedily = options.soup.partition(":")[0] == "greedy"
-        listed = options.soup.removeprefix("greedy").removeprefix(":") if greedily else options.soup
-        soup = listed.split(",") if listed else []
-        target = find_target(options.to, options.python)
-        source = load_source(options.run, options.step, soup, greedily=greedily, crop=options.crop)
-        lines = in_words(source.tried) + export(source, target, Path(options.out))
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error), OPTIONS)}", file=sys.stderr)
-        return 2
+
+def _export(options: argparse.Namespace) -> None:
+    from train.export.soup import in_words  # after parsing: --help answers without loading torch
+    from train.export.source import load_source
+    from train.export.target import export, find_target
+
+    greedily = options.soup.partition(":")[0] == "greedy"
+    listed = options.soup.removeprefix("greedy").removeprefix(":") if greedily else options.soup
+    soup = listed.split(",") if listed else []
+    target = find_target(options.to, options.python)
+    source = load_source(options.run, options.step, soup, greedily=greedily, crop=options.crop)
+    lines = in_words(source.tried) + export(source, target, Path(options.out))
     print("\n".join([*lines, f"written: {options.out}"]))
-    return 0
 
 
 if __name__ == "__main__":
