@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ class Input(ABC):
     @abstractmethod
     def readers(self, config: DataConfig) -> RawReader:
         """Opens the samples; their number in the input is the `position` of a Position."""
+
+    def opener(self, config: DataConfig) -> Callable[[int], dict[str, Any]]:
+        """Reads one sample by its number: what RawReader.raw gives."""
+        positions, readers = self.positions(), self.readers(config)
+
+        def raw(sample: int) -> dict[str, Any]:
+            place = positions[sample]
+            return readers.raw(place.source, place.shard, place.index)
+
+        return raw
 
     def about(self) -> dict[str, Any]:
         """What the index keeps of it."""

@@ -7,7 +7,7 @@ its own copy of low quality. Of the few pairs that they propose, the pixels deci
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -61,13 +61,7 @@ def signature(data: bytes) -> Signature:
 
 def signatures(given: Input, samples: Iterable[int], threads: int = 8) -> dict[int, Signature]:
     """Of these samples, by number; one that cannot be read is left out."""
-    config = DataConfig()
-    positions, readers = given.positions(), given.readers(config)
-
-    def raws() -> Iterator[tuple[int, dict]]:
-        for sample in samples:
-            position = positions[sample]
-            yield sample, readers.raw(position.source, position.shard, position.index)
+    raw = given.opener(DataConfig())
 
     def one(item: tuple[int, dict]) -> tuple[int, Signature | None]:
         try:
@@ -76,7 +70,7 @@ def signatures(given: Input, samples: Iterable[int], threads: int = 8) -> dict[i
             return item[0], None
 
     found: dict[int, Signature] = {}
-    waiting = raws()
+    waiting = ((sample, raw(sample)) for sample in samples)
     with ThreadPoolExecutor(threads) as pool:
         while group := list(islice(waiting, 256)):  # not all at once: they are whole image files
             found |= {sample: made for sample, made in pool.map(one, group) if made is not None}

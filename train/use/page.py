@@ -45,19 +45,14 @@ class Samples:
     """Pictures of an input's samples, by number."""
 
     def __init__(self, given: Input):
-        self.has_images = not isinstance(given, TextInput)
-        self.config = DataConfig()
-        self.positions = given.positions()
-        self.readers = given.readers(self.config) if self.has_images else None
+        self.raw = None if isinstance(given, TextInput) else given.opener(DataConfig())
 
     def tag(self, sample: int) -> str:
         """The picture as HTML; empty where there is none."""
-        if self.readers is None:
+        if self.raw is None:
             return ""
-        position = self.positions[sample]
         try:
-            raw = self.readers.raw(position.source, position.shard, position.index)
-            return _tag(split(raw, needs_caption=False)[0])
+            return _tag(split(self.raw(sample), needs_caption=False)[0])
         except (BadSample, ValueError):
             return "<div class=blank></div>"
 
