@@ -11,7 +11,7 @@ from train import checkpoint, cli
 from train.init import hf, open_clip
 from train.init.origin import Origin
 from train.init.weights import read_json
-from train.model.names import TORCHVISION_IN_TIMM
+from train.model.names import TORCHVISION_IN_TIMM, names_of_timm
 from train.model.text_files import TEXT, TOKENIZER, with_own_text
 
 
@@ -39,7 +39,7 @@ def read(name: str) -> Origin:
     if (path / TEXT).is_dir():
         encoder, tokenizer = str(path / TEXT), str(path / TOKENIZER)
     fields: dict[str, Sequence[Any]] = {
-        "model.image.name": (image, *([f"timm/{image}"] if image in TORCHVISION_IN_TIMM else [])),
+        "model.image.name": names_of_timm(image) if image in TORCHVISION_IN_TIMM else (image,),
         "model.text.name": (encoder,),
         "model.text.tokenizer": (tokenizer,),
         "model.text.pooling": (text.pooling,),

@@ -12,6 +12,7 @@ from train.config import RunConfig
 from train.init.origin import Origin
 from train.init.vits import activation_of
 from train.model.image import adapted
+from train.model.names import some
 from train.model.pair import PairModel
 from train.model.text import first_position, is_position_table, resampled
 
@@ -53,8 +54,8 @@ def fill(model: PairModel, origin: Origin, config: RunConfig) -> list[str]:
         f"starts from {config.init} (sha256 {origin.sha256[:12]})",
         f"taken: {_counted(taken)}, logit scale {math.exp(scale):.4g}",
         *moved,
-        *([f"fresh: {_some(fresh)}"] if fresh else []),
-        *([f"left there: {_some(left)}"] if left else []),
+        *([f"fresh: {some(fresh)}"] if fresh else []),
+        *([f"left there: {some(left)}"] if left else []),
         *_other_inputs(model, origin, config),
     ]
 
@@ -110,11 +111,6 @@ def _counted(names: Sequence[str] | dict) -> str:
     projections = [name for name in names if name.startswith(("image_projection.", "text_projection."))]
     text = " and ".join(f"{number} tensors of {part}" for part, number in count.items())
     return f"{text}, {len(projections)} of the projections"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
 
 
 def _other_inputs(model: PairModel, origin: Origin, config: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from train.init.origin import Origin, has_tokenizer
 from train.init.vits import timm_models, to_timm
 from train.init.weights import read_json, read_tensors
 from train.model.fetch import repository
-from train.model.names import DUAL_ENCODER, FLAT, TORCHVISION_IN_TIMM, Table, inward
+from train.model.names import DUAL_ENCODER, FLAT, Table, inward, names_of_timm
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 KINDS = ("clip", "siglip", "vision-text-dual-encoder")
@@ -53,7 +53,7 @@ def read(name: str) -> Origin:
     except Exception as error:  # transformers has many kinds of failure
         raise ValueError(f"{given}: its config.json cannot be read: {first_line(error)}") from error
     tensors, sha256 = read_tensors(directory, FILES, given)
-    origin = _dual_encoder(config, tensors, given) if kind == KINDS[2] else _pair(kind, config, tensors, given)
+    origin = _dual_encoder(config, tensors, given) if kind == KINDS[2] else _pair(kind, config, tensors)
     origin.sha256 = sha256
     where = str(directory) if Path(name).is_dir() else name
     origin.fields["model.text.name"] = (where,)
@@ -63,7 +63,7 @@ def read(name: str) -> Origin:
     return origin
 
 
-def _pair(kind: str, config: Any, tensors: Mapping[str, Tensor], given: str) -> Origin:
+def _pair(kind: str, config: Any, tensors: Mapping[str, Tensor]) -> Origin:
     vision, text = config.vision_config, config.text_config
     named, left = inward(_same_names(tensors), CLIP if kind == "clip" else SIGLIP)
     return Origin(
@@ -71,7 +71,7 @@ def _pair(kind: str, config: Any, tensors: Mapping[str, Tensor], given: str) -> 
         "",
         left,
         {
-            "model.image.name": _timm(kind, vision, given),
+            "model.image.name": _timm(kind, vision),
             "model.text.pooling": ("last",),
             "model.embed_dim": (config.projection_dim if kind == "clip" else vision.hidden_size,),
             "model.image.projection": ("linear" if kind == "clip" else "none",),
@@ -96,12 +96,11 @@ def _dual_encoder(config: Any, tensors: Mapping[str, Tensor], given: str) -> Ori
     origin = Origin({}, "", fields=fields, inputs={"data.max_tokens": getattr(text, "max_position_embeddings", 0)})
     if vision.model_type == "timm_wrapper":
         origin.tensors, origin.left = inward(tensors, DUAL_ENCODER)
-        name = vision.architecture
-        fields["model.image.name"] = (*([name] if name in TORCHVISION_IN_TIMM else []), f"timm/{name}")
+        fields["model.image.name"] = names_of_timm(vision.architecture)
     elif vision.model_type == "clip_vision_model":
         named, origin.left = inward(tensors, CLIP)
         origin.tensors = _with_timm_names(named)
-        fields["model.image.name"] = _timm("clip", vision, given)
+        fields["model.image.name"] = _timm("clip", vision)
         origin.activation, origin.heads = vision.hidden_act, vision.num_attention_heads
         origin.inputs["data.image_size"] = vision.image_size
     else:
@@ -144,11 +143,9 @@ def _with_timm_names(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return others | {f"{IMAGE}{name}": tensor for name, tensor in image.items()}
 
 
-def _timm(kind: str, vision: Any, given: str) -> Sequence[str]:
+def _timm(kind: str, vision: Any) -> Sequence[str]:
     shape = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size)
-    names = timm_models(kind, *shape, size=vision.image_size, activation=vision.hidden_act)
-    width, layers, patch = shape
-    return names or (f"<a class of your own, {width} wide, of {layers} layers, with patches of {patch} pixels>",)
+    return timm_models(kind, *shape, size=vision.image_size, activation=vision.hidden_act)
 
 
 def _inputs(directory: Path, config: Any, given: str) -> dict[str, Any]:

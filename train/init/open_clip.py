@@ -13,7 +13,7 @@ from train.init.origin import Origin, has_tokenizer
 from train.init.vits import timm_models
 from train.init.weights import read_json, read_tensors
 from train.model.fetch import repository
-from train.model.names import OPEN_CLIP, TORCHVISION_IN_TIMM, inward
+from train.model.names import OPEN_CLIP, inward, names_of_timm
 from train.model.open_clip_text import CLIP_TEXT, CONFIG, in_clips_names
 from train.model.text_files import TEXT
 
@@ -87,7 +87,7 @@ def _timm_tower(vision: Mapping[str, Any], given: str) -> dict[str, Sequence[Any
         raise ValueError(f"{given}: timm_proj {proj} of its vision_cfg has no words here")
     if vision.get("timm_pool") in ("abs_attn", "rot_attn"):
         raise ValueError(f"{given}: timm_pool {vision['timm_pool']} of its vision_cfg has no words here")
-    return {"model.image.name": (*([name] if name in TORCHVISION_IN_TIMM else []), f"timm/{name}")}
+    return {"model.image.name": names_of_timm(name)}
 
 
 def _own_tower(
@@ -98,9 +98,7 @@ def _own_tower(
         raise ValueError(f"{given}: its image tower is neither one of timm's nor a vision transformer")
     width, layers, patch = vision["width"], vision["layers"], vision["patch_size"]
     activation = "quick_gelu" if quick else "gelu"
-    names = timm_models("clip", width, layers, patch, vision["image_size"], activation)
-    own_class = f"<a class of your own, {width} wide, of {layers} layers, with patches of {patch} pixels>"
-    origin.fields["model.image.name"] = names or (own_class,)
+    origin.fields["model.image.name"] = timm_models("clip", width, layers, patch, vision["image_size"], activation)
     origin.activation, origin.heads = activation, width // vision.get("head_width", 64)
     own = {"image_projection.weight": tensors.pop("visual.proj").T.contiguous()}
     for name in [name for name in tensors if name.startswith("visual.")]:

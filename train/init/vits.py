@@ -62,12 +62,10 @@ def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def timm_models(kind: str, width: int, layers: int, patch: int, size: int, activation: str) -> tuple[str, ...]:
-    """timm's models of this shape, for images of that size first, as `model.image.name` has them.
+    """timm's models of this shape, for images of that size first, as `model.image.name` has them; where timm has none,
+    what a class of one's own would have to be.
 
     kind: clip or siglip. activation: in transformers' words.
-
-    Raises:
-        ValueError: timm has none.
     """
     import timm
 
@@ -75,7 +73,8 @@ def timm_models(kind: str, width: int, layers: int, patch: int, size: int, activ
     stem = f"vit_{SIZES.get((width, layers), 'none')}_patch{patch}_{kind}{quick}_"
     found = [name for name in timm.list_models(f"{stem}*") if name.removeprefix(stem).isdecimal()]
     found.sort(key=lambda name: abs(int(name.removeprefix(stem)) - size))
-    return tuple(f"timm/{name}" for name in found)
+    own_class = f"<a class of your own, {width} wide, of {layers} layers, with patches of {patch} pixels>"
+    return tuple(f"timm/{name}" for name in found) or (own_class,)
 
 
 def activation_of(module: Any) -> str:

@@ -5,7 +5,7 @@ train/export writes by them, train/init reads by them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -49,6 +49,16 @@ def timm_name(name: str) -> str:
     if name.startswith("timm/"):
         return name.removeprefix("timm/")
     return name if name in TORCHVISION_IN_TIMM else ""
+
+
+def names_of_timm(model: str) -> tuple[str, ...]:
+    """What `model.image.name` may be for a model of timm's, the shortest first."""
+    return (*([model] if model in TORCHVISION_IN_TIMM else []), f"timm/{model}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def outward(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from data_pipeline.tokenizer import ROUND_TO, Tokenizer
 from train.config import RunConfig
+from train.model.names import some
 from train.model.pair import PairModel
 from train.model.text import TextTower
 
@@ -33,8 +34,7 @@ def try_out(model: PairModel, tokenizer: Tokenizer, config: RunConfig) -> list[s
         model.get_parameter(name).requires_grad_(False)
     if not unused:
         return []
-    shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-    return [f"the features do not depend on these parameters, which never learn: {shown}"]
+    return [f"the features do not depend on these parameters, which never learn: {some(unused)}"]
 
 
 def check_vocabulary(tower: TextTower, tokenizer: Tokenizer, config: RunConfig) -> None:
