@@ -29,7 +29,8 @@ pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
 while not request.name:
     time.sleep(0.01)
 time.sleep(0.5)
-print("stopped by", request.name, flush=True)
+# One string is one write, also where output is unbuffered: two workers share the pipe.
+print(f"stopped by {{request.name}}\\n", end="", flush=True)
 sys.exit(85)
 """
 
