@@ -109,7 +109,7 @@ def test_its_files_make_it_again_wherever_it_came_from(directory: Path, tmp_path
     assert again.files() == tokenizer.files()
 
 
-def test_code_beside_a_model_is_never_run_whatever_the_terminal_says(tmp_path: Path) -> None:
+def test_case_17_code_beside_a_model_is_never_run_whatever_the_terminal_says(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "own.py").write_text(f"open({str(canary)!r}, 'w')")
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}

@@ -46,7 +46,7 @@ def run_distributed(
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            variables = dict(os.environ) | _variables(rank, world_size) | dict(environment or {})
+            variables = dict(os.environ) | rank_variables(rank, world_size) | dict(environment or {})
             process = context.Process(
                 target=_run_rank, args=(sender, variables, str(Path(directory) / "rendezvous"), timeout, fn, args)
             )
@@ -72,7 +72,7 @@ def start_context() -> Any:
     return context
 
 
-def _variables(rank: int, world_size: int) -> dict[str, str]:
+def rank_variables(rank: int, world_size: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -1,5 +1,7 @@
 """Small runs of the real command, in processes of their own."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -14,6 +17,9 @@ from tests.support.pictures import rich_picture
 from tests.support.small import small_config, write_data
 from train import cli
 from train.config import RunConfig
+
+if TYPE_CHECKING:
+    from tests.support.forked import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, MICRO_BATCH, STEPS = 32, 8, 8
@@ -104,7 +110,7 @@ def assert_same_curve(curve: list, expected: list, tolerance: float = 1e-12) -> 
         assert abs(loss - wanted) <= tolerance * wanted, f"step {step}: {loss} instead of {wanted}"
 
 
-def wait_for_step(config: RunConfig, step: int, process: subprocess.Popen, seconds: float = 200) -> None:
+def wait_for_step(config: RunConfig, step: int, process: subprocess.Popen | Ranks, seconds: float = 600) -> None:
     """Until the run has logged this step."""
     deadline = time.monotonic() + seconds
     while not any(record["step"] >= step for record in metrics(config)):

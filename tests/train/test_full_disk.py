@@ -47,7 +47,7 @@ def freed(config: RunConfig, log: str, kept: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["metrics.jsonl", "ledger.jsonl"])
-def test_under_a_log_it_ends_the_run_and_nothing_is_lost(interrupted, log: str) -> None:
+def test_case_05_under_a_log_it_ends_the_run_and_nothing_is_lost(interrupted, log: str) -> None:
     config, straight = interrupted
     ledger = (run_dir(config) / "ledger.jsonl").read_bytes()
     kept = full(config, log)
@@ -61,7 +61,7 @@ def test_under_a_log_it_ends_the_run_and_nothing_is_lost(interrupted, log: str) 
     assert curve(config) == straight and (run_dir(config) / "ledger.jsonl").read_bytes() == ledger
 
 
-def test_under_a_log_of_rank_0_all_ranks_say_so(interrupted, tmp_path: Path) -> None:
+def test_case_05_under_a_log_of_rank_0_all_ranks_say_so(interrupted, tmp_path: Path) -> None:
     config, straight = interrupted
     config.train.resident = 2
     (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
@@ -81,7 +81,7 @@ def main_of_a_rank(path: str) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
-def test_under_the_results_it_is_said_and_only_they_are_made_again(interrupted) -> None:
+def test_case_05_under_the_results_it_is_said_and_only_they_are_made_again(interrupted) -> None:
     config, straight = interrupted
     part = run_dir(config) / "results.json.part"
     part.symlink_to("/dev/full")
@@ -91,7 +91,7 @@ def test_under_the_results_it_is_said_and_only_they_are_made_again(interrupted) 
     assert loop.run(config) == 0 and curve(config) == straight
 
 
-def test_under_the_configuration_it_is_said(interrupted) -> None:
+def test_case_05_under_the_configuration_it_is_said(interrupted) -> None:
     config, _ = interrupted
     (run_dir(config) / "config.yaml.part").symlink_to("/dev/full")
     config.tracking.log_every = 7

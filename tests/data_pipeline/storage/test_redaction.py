@@ -22,7 +22,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
         (None, None),
     ],
 )
-def test_redact(value, hidden, monkeypatch):
+def test_case_17_redact(value, hidden, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "my-very-own-key")
     assert redact(value) == hidden
 

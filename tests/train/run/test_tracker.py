@@ -93,7 +93,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [record["loss"] for record in read_history(tmp_path)] == [1, 2, 3, 4, -5, -6, -7, -8, -9]
 
 
-def test_kill_9_loses_no_logged_step_and_resuming_mends_the_file(tmp_path):
+def test_case_01_kill_9_loses_no_logged_step_and_resuming_mends_the_file(tmp_path):
     process = start(tmp_path, 100000, 0.002, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 50/"):

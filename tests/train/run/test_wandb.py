@@ -316,7 +316,7 @@ def test_a_directory_that_cannot_be_made_does_not_stop_the_run(tmp_path):
     assert logged(tmp_path / "run") == 9
 
 
-def test_no_secret_leaves_the_machine(tmp_path, monkeypatch):
+def test_case_17_no_secret_leaves_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "my-very-own-key")
     url = "https://user:hunter2@host/data/manifest.json?signature=abcdef"
     monkeypatch.setattr(sys, "argv", ["train", "--data.train", url])
