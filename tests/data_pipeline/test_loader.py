@@ -150,7 +150,9 @@ def test_several_sources_are_mixed_by_weight(tiny_shards: Callable[..., Path], t
     assert sum(count for key, count in rows.items() if key.startswith("other/train-000000")) >= 18
 
 
-def test_case_09_bad_samples_are_replaced_by_the_next_good_one_and_recorded(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_case_09_bad_samples_are_replaced_by_the_next_good_one_and_recorded(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     bad = (2, 3, 7)
     manifest = damaged(tmp_path, bad)
     seen = all_ranks([manifest], tokenizer, settings(), 1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -92,8 +93,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
         (directory / name).mkdir()
         running[name] = start(worker(directory / name, text), directory / name, processes=processes)
     yield lambda name: (running[name], directory / name)
-    for launcher in running.values():
+    for name, launcher in running.items():
         launcher.kill()
+        for pid in (directory / name).glob("[01]"):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid.read_text()), signal.SIGKILL)
         launcher.communicate()
 
 
