@@ -27,9 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         from torch import distributed as dist
 
         from data_pipeline.loader import LoaderFailure
+        from data_pipeline.storage.redaction import redact_urls
 
         if isinstance(error, LoaderFailure):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {redact_urls(str(error))}", file=sys.stderr, flush=True)
             return 1
         collective = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
         if not (collective and dist.is_initialized()):

@@ -141,13 +141,14 @@ def load(path: str | Path) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Every field with its value, as YAML that `load` reads back equal."""
+    """Every field with its value, as YAML that `load` reads back equal, but for passwords and queries of urls: what a
+    run keeps of its configuration, in its directory and its checkpoints, may be shown."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
     """One line `field: before -> after` for every field of the experiment that differs; machine fields are left out."""
-    a, b = flatten(before), flatten(after)
+    a, b = ({name: _plain(value) for name, value in flatten(config).items()} for config in (before, after))
     ignore = machine_fields(RunConfig) | {"name"}
     changed = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if key not in ignore]
@@ -244,7 +245,9 @@ def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
+    """Tuples as lists, since YAML has no tuples; urls without passwords and queries."""
+    if isinstance(value, str):
+        return redact_urls(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

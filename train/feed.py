@@ -12,6 +12,7 @@ from data_pipeline.loader import Extras, LoaderFailure, MicroBatch, Patience, st
 from data_pipeline.order import Mixture, Moved, Order, build_order, order_identity
 from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
 from train.config import RunConfig
@@ -35,7 +36,7 @@ class Feed:
             assert config.train.steps, "train.checks refuses a stream without a number of steps"
             self.manifests: list[Manifest] = []
             self.order: Order | Mixture | None = None
-            self.steps, self.identity = config.train.steps, f"stream {data.train}"
+            self.steps, self.identity = config.train.steps, redact_urls(f"stream {data.train}")
             self.order_identity = ""
             self.mean, self.std = normalization(data.normalize)
             return

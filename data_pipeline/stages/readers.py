@@ -15,7 +15,7 @@ from data_pipeline.stages.slots import NAME, SHA256, SLOT, Share, Slot, shard_na
 from data_pipeline.stages.workers import at, of_this_worker
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.storage.redaction import address
+from data_pipeline.storage.redaction import shown
 from data_pipeline.storage.remote import is_remote
 from data_pipeline.storage.shards import ShardReader
 
@@ -38,9 +38,9 @@ class Readers:
 
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:
         """One raw sample. Raises ValueError naming a shard that is missing, damaged or not the manifest's."""
-        at(f"shard {address(self.manifests[source].shards[shard].url)}, sample {index}")
+        at(f"shard {shown(self.manifests[source].shards[shard].url)}, sample {index}")
         raw = self._reader(source, shard).raw(index)
-        at(f"shard {address(raw['__shard__'])}, sample {index} ({raw['__key__']})")
+        at(f"shard {shown(raw['__shard__'])}, sample {index} ({raw['__key__']})")
         of_shard = {NAME: self._names[source][shard], SHA256: self.manifests[source].shards[shard].sha256}
         return raw | {CAPTIONS: self.manifests[source].captions} | of_shard
 

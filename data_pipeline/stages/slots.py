@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from data_pipeline.storage.redaction import address
+from data_pipeline.storage.redaction import shown
 
 if TYPE_CHECKING:
     from data_pipeline.order import Position
@@ -100,7 +100,7 @@ def sample_name(raw: dict) -> str:
 
 def shard_name(raw: dict) -> str:
     """What a raw sample's shard is called in ledgers; without a manifest its base name."""
-    return raw.get(NAME) or PurePosixPath(address(raw["__shard__"])).name
+    return raw.get(NAME) or PurePosixPath(shown(raw["__shard__"])).name
 
 
 def shard_names(manifests: Sequence[Manifest]) -> list[list[str]]:
@@ -109,7 +109,7 @@ def shard_names(manifests: Sequence[Manifest]) -> list[list[str]]:
     Shards with one address have one name, in several manifests too.
     """
     urls = [[shard.url for shard in manifest.shards] for manifest in manifests]
-    parts = {url: address(url).split("/") for url in itertools.chain(*urls)}
+    parts = {url: shown(url).split("/") for url in itertools.chain(*urls)}
     names: dict[str, str] = {}
     unnamed, length = list(parts), 1
     while unnamed:

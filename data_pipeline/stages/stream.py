@@ -22,7 +22,7 @@ from data_pipeline.seeds import stream_epoch_seed, stream_sample_seed
 from data_pipeline.stages.decode import Decode
 from data_pipeline.stages.slots import Share, Slot
 from data_pipeline.stages.workers import at, of_this_worker
-from data_pipeline.storage.redaction import address
+from data_pipeline.storage.redaction import shown
 from data_pipeline.storage.remote import is_remote, open_remote
 from data_pipeline.storage.tar_index import BoundedHeader, split_name
 
@@ -53,11 +53,11 @@ class StreamSource:
 
 def _read(urls: Iterable[str]) -> Iterator[dict]:
     for url in urls:
-        at(f"shard {address(url)}")
+        at(f"shard {shown(url)}")
         try:
             with open_remote(url) if is_remote(url) else open(url, "rb") as file:
                 for sample in group_by_keys(_members(file, url)):
-                    at(f"shard {address(url)}, sample {sample['__key__']}")
+                    at(f"shard {shown(url)}, sample {sample['__key__']}")
                     yield {**sample, "__shard__": url}
         except Exception as error:  # damage, and what the remote backends have of their own
             raise ValueError(f"shard {url} could not be read: {error.args[0] if error.args else error}") from error

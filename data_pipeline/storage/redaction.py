@@ -18,6 +18,20 @@ def address(url: str) -> str:
     return url.partition("?")[0] if "://" in url else url
 
 
+def shown(url: str) -> str:
+    """A url as messages and ledgers may have it: without its query and its password; a local path as it is."""
+    return redact_urls(address(url)) if "://" in url else url
+
+
+def check_whole(url: str) -> None:
+    """Raises ValueError for a url of which the record of a run has left out a password or a query."""
+    if re.search(rf"\w+://({re.escape(HIDDEN)}@|\S*\?{re.escape(HIDDEN)})", url):
+        raise ValueError(
+            f"{url}: its password or signature is not kept with a run; give the whole address again, as --data.train "
+            "or --data.val does, or --data"
+        )
+
+
 def redact_urls(text: str) -> str:
     """A text with a *** for every password and every query in the urls that it names."""
     text = re.sub(r"(\w+://)[^/@\s]+@", rf"\g<1>{HIDDEN}@", text)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from data_pipeline.storage.redaction import check_whole
+
 REMOTE = ("http", "https", "s3", "gs")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tbz2", ".tar.lz4")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -27,6 +29,7 @@ def is_remote(url: str) -> bool:
     if match is None:
         return False
     if match[1].lower() in REMOTE and url[match.end() :].startswith("//"):
+        check_whole(url)
         return True
     raise ValueError(
         f"{url}: nothing is read from {match[1]}: addresses; use a local path (./{url} if this is a file name) or one "

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_pipeline.storage.redaction import redact_urls
 from train import distributed
 from train.config import RunConfig
 from train.run.records import LEDGER, METRICS, cut, read_records, to_line
@@ -133,7 +134,7 @@ class Tracker:
         """A line on the screen that the progress bar does not overwrite."""
         if self.is_main:
             with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+                print(redact_urls(text), flush=True)
 
     def finish(self, exit_code: int = 0, text: str = "") -> None:
         """Close everything, with a last line on the screen; W&B marks a run with another exit code than 0 as failed."""
