@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from train import cli
+from train.export.files import padding
 from train.export.source import Source
 from train.run.directory import read_results
 
@@ -23,10 +24,13 @@ A pair of encoders, {image} for images and {text} for texts, trained contrastive
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model, processor = AutoModel.from_pretrained(DIRECTORY), AutoProcessor.from_pretrained(DIRECTORY)
-inputs = processor(text=["a red flag", "a cat"], images=Image.open("photo.jpg"), padding=True, return_tensors="pt")
+model, processor = AutoModel.from_pretrained({directory}), AutoProcessor.from_pretrained({directory})
+texts, image = ["a red flag", "a cat"], Image.open("photo.jpg")
+inputs = processor(text=texts, images=image, padding="{padding}", return_tensors="pt")
 print(model(**inputs).logits_per_image.softmax(-1))
 ```
+
+{runtime}
 
 ## Data
 
@@ -45,11 +49,22 @@ print(model(**inputs).logits_per_image.softmax(-1))
 """
 
 
-def model_card(source: Source) -> str:
-    """The card as Markdown."""
+OWN = """transformers has no class for {reason}: `modeling_duet.py` and `image_processing_duet.py`, beside
+this card, are what `trust_remote_code=True` runs. They need torch, transformers and timm or torchvision, and prepare
+images as the evaluation of the run did."""
+STOCK = """All classes are transformers' own. Its image processor decodes a large JPEG file at full size and crops at
+whole pixels, where the evaluation of the run decoded no more than it needed and cropped between pixels: of such images
+the embeddings differ a little, and those of an export `--to torch` or `--to onnx` do not."""
+
+
+def model_card(source: Source, reason: str = "") -> str:
+    """The card as Markdown; `reason`: the field of the recipe that asks for code of its own."""
     results, run = read_results(source.run), source.config
     measured = (results or {}).get("val") or {}
     return CARD.format(
+        directory="DIRECTORY, trust_remote_code=True" if reason else "DIRECTORY",
+        padding=padding(source),
+        runtime=OWN.format(reason=reason) if reason else STOCK,
         name=run.name,
         image=run.model.image.name,
         text=run.model.text.name,

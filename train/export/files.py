@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 from pathlib import Path
+from types import ModuleType
 
 from data_pipeline.samples import image as image_module
 from data_pipeline.samples.transforms import resize
@@ -14,9 +16,13 @@ from train.model.text_files import TOKENIZER
 PREPROCESSING = '''
 
 def load(path, size, share, background):
-    """An image file as uint8 [3, size, size]: the square in the middle, `share` of the shorter side, resized."""
+    """An image file as uint8 [3, size, size]: see prepare."""
     with open(path, "rb") as file:
-        image = open_image(file.read())
+        return prepare(open_image(file.read()), size, share, background)
+
+
+def prepare(image, size, share, background):
+    """An opened image as uint8 [3, size, size]: the square in the middle, `share` of the shorter side, resized."""
     crop = centre_crop(*oriented_size(image), share)
     return resize(load_region(image, crop, size, background), size).permute(2, 0, 1)
 '''
@@ -39,6 +45,19 @@ def preprocessing() -> str:
     return source + "\n\n" + inspect.getsource(resize).replace(" -> Tensor", "") + PREPROCESSING
 
 
+def standalone(module: ModuleType) -> str:
+    """A module's source, with the source of what it imports from Duet in place of these imports."""
+    lines, parts = inspect.getsource(module).splitlines(keepends=True), []
+    imports = [node for node in ast.parse("".join(lines)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    after = imports[-1].end_lineno or 0
+    for node in imports:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("train", "data_pipeline"):
+            parts += [inspect.getsource(getattr(module, alias.name)) for alias in node.names]
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or 0) - node.lineno + 1)
+    head = "".join(lines[:after]).rstrip("\n")
+    return "\n\n\n".join([head, *(part.strip("\n") for part in parts), "".join(lines[after:]).lstrip("\n")])
+
+
 def description(source: Source) -> dict:
     """What a reader of an export wants to know, as JSON."""
     scale = source.model.log_scale.exp().item()
@@ -47,7 +66,7 @@ def description(source: Source) -> dict:
         "embed_dim": source.config.model.embed_dim,
         "image_size": source.image_size,
         "max_tokens": source.config.data.max_tokens,
-        "padding": "max_length" if source.tokenizer.fills else "longest",
+        "padding": padding(source),
         "mean": source.state.mean,
         "std": source.state.std,
         "logit_scale": scale,
@@ -60,6 +79,11 @@ def description(source: Source) -> dict:
         "data": source.state.data_hash,
         "code": source.state.code,
     }
+
+
+def padding(source: Source) -> str:
+    """How transformers' tokenizer has to fill captions."""
+    return "max_length" if source.tokenizer.fills else "longest"
 
 
 def write_tokenizer(source: Source, directory: Path) -> None:

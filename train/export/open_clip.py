@@ -22,7 +22,7 @@ from torch import Tensor
 from train.export.apart import embed_apart
 from train.export.files import write_tokenizer
 from train.export.pairs import ROUGH_TIE, Features
-from train.export.recipe import check_recipe, has_bias, refuse, stock_tensors
+from train.export.recipe import has_bias, refuse, stock_problems, stock_tensors
 from train.export.source import Source
 from train.export.target import Target
 from train.model.names import OPEN_CLIP, outward, timm_name
@@ -54,7 +54,7 @@ class OpenClipTarget(Target):
     """See the module. python: an interpreter that has open_clip; default: this one."""
 
     def check(self, source: Source) -> None:
-        check_recipe("open_clip", source)
+        refuse("open_clip", stock_problems(source))
         if (share := source.config.data.eval_crop) != 1:
             # It resizes the shorter side to the image size, and takes the middle.
             raise ValueError(

@@ -9,16 +9,15 @@ from train.export.source import Source
 from train.model.names import timm_name
 
 
-def check_recipe(target: str, source: Source) -> None:
-    """What no stock class has: raises ValueError with the first such field, for `target`."""
+def stock_problems(source: Source) -> dict[str, bool]:
+    """Fields of a recipe, with their values, and whether they keep a pair from any class of another library."""
     model = source.config.model
-    problems = {
+    return {
         f"model.image.name {model.image.name}": not timm_name(model.image.name),
         f"model.image.norm {model.image.norm}": model.image.norm == "group",
         "model.multiscale.fuse true": model.multiscale.enabled and model.multiscale.fuse,
         "model.text.projection mlp": model.text.projection == "mlp",
     }
-    refuse(target, problems)
 
 
 def has_bias(source: Source, *towers: str) -> bool:
@@ -35,16 +34,18 @@ def refuse(target: str, problems: dict[str, bool]) -> None:
 
 
 def stock_tensors(source: Source) -> dict[str, Tensor]:
-    """The pair's tensors that other libraries have, with what they lack in a pair made up.
-
-    That is the identity for a projection where there is none, and the count of batches of a frozen norm.
-    """
-    model = source.model
-    tensors = dict(model.state_dict())
-    for name in list(tensors):
-        if name.startswith("image.") and name.endswith("running_mean"):
-            tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    """The pair's tensors, with the identity for a projection where there is none, which stock classes always have."""
+    model, tensors = source.model, with_counters(source)
     for tower, width in (("image", model.image.width), ("text", model.text.width)):
         if not any(name.startswith(f"{tower}_projection.") for name in tensors):
             tensors[f"{tower}_projection.weight"] = torch.eye(width)
+    return tensors
+
+
+def with_counters(source: Source) -> dict[str, Tensor]:
+    """The pair's tensors, with the count of batches that a norm has elsewhere, which a frozen one lacks."""
+    tensors = dict(source.model.state_dict())
+    for name in list(tensors):
+        if name.startswith("image.") and name.endswith("running_mean"):
+            tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     return tensors

@@ -36,6 +36,11 @@ class Target(ABC):
     def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:
         """Embeddings of image files and captions by the target's own runtime from the files alone, per precision."""
 
+    def notes(self, source: Source) -> list[str]:
+        """What whoever uses it has to know, in lines; none here."""
+        del source
+        return []
+
     def settle(self, directory: Path, final: Path) -> None:
         """Last changes before the directory is renamed to `final`; none here."""
         del directory, final
@@ -75,7 +80,7 @@ def export(source: Source, target: Target, out: Path) -> list[str]:
             target.write(source, part)
             wanted = reference(source, images, captions)
             found = target.embed(source, part, images, captions)
-        lines = [compare(name, wanted, features) for name, features in found.items()]
+        lines = [compare(name, wanted, features) for name, features in found.items()] + target.notes(source)
         target.settle(part, out)
         part.rename(out)
     except OSError as error:

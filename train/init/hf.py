@@ -1,4 +1,5 @@
-"""`init: hf:MODEL`: a CLIP, SigLIP or VisionTextDualEncoder of transformers, in a directory or on its hub."""
+"""`init: hf:MODEL`: a CLIP, SigLIP or VisionTextDualEncoder of transformers, in a directory or on its hub; or the class
+that train/export writes where transformers has none."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from train.init.origin import Origin, has_tokenizer
 from train.init.vits import timm_models, to_timm
 from train.init.weights import read_json, read_tensors
 from train.model.fetch import repository
-from train.model.names import DUAL_ENCODER, FLAT, Table, inward, names_of_timm
+from train.model.names import DUAL_ENCODER, FLAT, OWN_CODE, Table, inward, names_of_timm
+from train.model.text_files import TEXT as ENCODER
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 KINDS = ("clip", "siglip", "vision-text-dual-encoder")
@@ -45,7 +47,9 @@ def read(name: str) -> Origin:
     """
     given = f"init hf:{name}"
     directory = repository(name, WEIGHTS, given)
-    kind = read_json(directory / "config.json", given).get("model_type")
+    content = read_json(directory / "config.json", given)
+    if (kind := content.get("model_type")) == "duet":
+        return _own_code(directory, content, given)
     if kind not in KINDS:
         raise ValueError(f"{given} is of type {kind}: give one of type {', '.join(KINDS)}")
     try:
@@ -61,6 +65,30 @@ def read(name: str) -> Origin:
         origin.fields["model.text.tokenizer"] = (where,)
     origin.inputs |= _inputs(directory, config, given)
     return origin
+
+
+def _own_code(directory: Path, content: Mapping[str, Any], given: str) -> Origin:
+    """What train/export/hf_own.py has written. Its code is not run: the tensors are all that is needed."""
+    tensors, sha256 = read_tensors(directory, FILES, given)
+    named, left = inward(tensors, OWN_CODE)
+    name, timms = content["image_model"], content["image_library"] == "timm"
+    pixels = read_json(directory / "preprocessor_config.json", given)
+    fields: dict[str, Sequence[Any]] = {
+        "model.image.name": names_of_timm(name) if timms else (name,),
+        "model.text.name": (str(directory / ENCODER),),
+        "model.text.tokenizer": (str(directory),),
+        "model.text.pooling": (content["text_pooling"],),
+        "model.embed_dim": (content["projection_dim"],),
+        "model.image.projection": (content["image_projection"],),
+        "model.text.projection": (content["text_projection"],),
+        "model.projection_bias": (content["projection_bias"],),
+    }
+    inputs = {
+        "data.image_size": pixels["image_size"],
+        "data.eval_crop": pixels["eval_crop"],
+        "data.normalize": [pixels["image_mean"], pixels["image_std"]],
+    }
+    return Origin(named, sha256, left, fields, inputs)
 
 
 def _pair(kind: str, config: Any, tensors: Mapping[str, Tensor]) -> Origin:

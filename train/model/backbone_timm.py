@@ -83,6 +83,19 @@ def _model(timm: Any, name: str, image_size: int, options: dict[str, float]) -> 
         raise ValueError(f"data.image_size {image_size} does not fit model.image.name timm/{name}: {error}") from error
 
 
+def fixed_options(name: str, image_size: int) -> dict[str, int]:
+    """What timm's model of that name has to be told of the images: their size, where it takes no other."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            _timm(name).create_model(name, num_classes=0, img_size=image_size)
+    except TypeError as error:
+        if "img_size" in str(error):
+            return {}
+    except RuntimeError:  # its constructor looks at values
+        pass
+    return {"img_size": image_size}
+
+
 def _not_taken(field: str, value: float, name: str) -> str:
     return f"model.image.{field} {value}: timm's {name} does not take it; leave it null"
 

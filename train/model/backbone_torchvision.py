@@ -51,17 +51,9 @@ def _model(name: str, config: ImageTowerConfig, image_size: int) -> nn.Module:
             f"model.image.name {name} is not a torchvision model; the nearest are {', '.join(near)}; "
             f"one of timm's is timm/{name}, one of your own the dotted path of its class"
         )
-    options: dict = {}
-    if name.startswith("vit_"):
-        patch = _patch_size(name)
-        if image_size % patch:
-            raise ValueError(f"data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
-        options["image_size"] = image_size
-    elif name.startswith("maxvit"):
-        options["input_size"] = (image_size, image_size)
-    elif name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    options |= {
+    if name.startswith("vit_") and image_size % (patch := _patch_size(name)):
+        raise ValueError(f"data.image_size {image_size} is not a multiple of {patch}, the patch size of {name}")
+    options = fixed_options(name, image_size) | {
         keyword: getattr(config, field) for field, keyword in FIELDS.items() if getattr(config, field) is not None
     }
     try:
@@ -76,6 +68,15 @@ def _model(name: str, config: ImageTowerConfig, image_size: int) -> nn.Module:
         raise
     except ValueError as error:
         raise ValueError(f"data.image_size {image_size} does not fit model.image.name {name}: {error}") from error
+
+
+def fixed_options(name: str, image_size: int) -> dict:
+    """What torchvision's model of that name has to be told whatever the config says."""
+    if name.startswith("vit_"):
+        return {"image_size": image_size}
+    if name.startswith("maxvit"):
+        return {"input_size": (image_size, image_size)}
+    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
 
 
 def _patch_size(vit: str) -> int:
@@ -95,6 +96,12 @@ def _remove_head(module: nn.Module, name: str) -> tuple[int, str]:
                 setattr(head, last, nn.Identity())
                 return linear.in_features, f"{attribute}.{last}"
     raise ValueError(f"model.image.name {name} does not end in a linear layer; use another, such as resnet50")
+
+
+def head_of(module: nn.Module) -> str:
+    """The name of the linear layer that was removed from a model."""
+    names = [name for name, part in module.named_modules() if name.split(".")[0] in HEADS and type(part) is nn.Identity]
+    return names[-1]
 
 
 def _load(module: nn.Module, name: str, weights: str, head: str, image_size: int) -> None:

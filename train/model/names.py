@@ -33,6 +33,16 @@ DUAL_ENCODER: Table = (
 )
 """transformers' VisionTextDualEncoderModel with one of timm's image towers."""
 
+OWN_CODE: Table = (
+    ("image.backbone.", "image_model."),
+    ("image_projection.", "image_projection."),
+    ("text.encoder.", "text_model."),
+    ("text_projection.", "text_projection."),
+    ("log_scale", "logit_scale"),
+    ("logit_bias", "logit_bias"),
+)
+"""The class that train/export writes beside a pair for which transformers has no class."""
+
 FLAT = 2.0**-12
 """transformers pools a text by tanh(W x). Where a pair takes x itself, W is the identity times this, where tanh is
 straight to seven digits, and the projection makes up for it."""

@@ -97,15 +97,7 @@ class TextTower(nn.Module):
 
     def pool(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states [B, L, D] -> [B, D], as `model.text.pooling` says; padding is left out."""
-        if self.pooling == "cls":
-            return hidden_BLD[:, 0]
-        if self.pooling == "pooler":
-            return self.encoder.get_submodule("pooler")(hidden_BLD)
-        if self.pooling == "last":
-            last_B11 = (mask_BL.sum(1) - 1).clamp_min(0).view(-1, 1, 1)
-            return hidden_BLD.gather(1, last_B11.expand(-1, 1, hidden_BLD.shape[2]))[:, 0]
-        weights_BL1 = mask_BL.unsqueeze(-1).float()
-        return (hidden_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
+        return pooled(self.encoder, self.pooling, hidden_BLD, mask_BL)
 
     def config_file(self) -> bytes:
         """A config.json; a directory that holds it, as `name`, builds this encoder again, with fresh weights."""
@@ -116,6 +108,19 @@ class TextTower(nn.Module):
     def layers(self) -> list[list[str]]:
         """Names of all parameters, grouped by layer (embeddings, then one per transformer layer), bottom to top."""
         return group_by_layer(self, self.blocks)
+
+
+def pooled(encoder: nn.Module, pooling: str, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """An encoder's hidden states [B, L, D] -> [B, D]: cls, mean, last or pooler. mask: 1 is a token, 0 is padding."""
+    if pooling == "cls":
+        return hidden_BLD[:, 0]
+    if pooling == "pooler":
+        return encoder.get_submodule("pooler")(hidden_BLD)
+    if pooling == "last":
+        last_B11 = (mask_BL.sum(1) - 1).clamp_min(0).view(-1, 1, 1)
+        return hidden_BLD.gather(1, last_B11.expand(-1, 1, hidden_BLD.shape[2]))[:, 0]
+    weights_BL1 = mask_BL.unsqueeze(-1).float()
+    return (hidden_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
 def architecture(name: str, pretrained: bool, positions: int = 0) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _build_encoder(given: TextTowerConfig, pretrained: bool) -> transformers.Pre
                 f"model.text.name {given.name}: its weights file lacks {len(problems)} tensors of "
                 f"{encoder_class.__name__} ({problems[0]} ...); use matching files, or model.text.weights scratch"
             )
-    encoder = _without_head(encoder)
+    encoder = without_head(encoder)
     if given.pooling == "pooler" and not type(encoder.pooler).__name__.endswith("Pooler"):
         raise ValueError(
             f"model.text.pooling pooler: {type(encoder).__name__} has no layer of that kind; set it to cls or mean"
@@ -201,7 +206,7 @@ def _fresh(encoder_class: Any, config: transformers.PretrainedConfig, options: d
     return transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **options)
 
 
-def _without_head(encoder: Any) -> Any:
+def without_head(encoder: Any) -> Any:
     """What makes the last hidden states: of a T5 its stack, whose token embeddings have one name there."""
     if type(encoder).__name__ in ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"):
         return encoder.encoder
@@ -220,7 +225,7 @@ def _stretched(encoder: Any, positions: int) -> Any:
     config = copy.deepcopy(encoder.config)
     config.max_position_embeddings += positions - _positions(encoder)
     options = {"add_pooling_layer": False} if getattr(encoder, "pooler", 1) is None else {}
-    longer = _without_head(type(encoder)(config, **options))
+    longer = without_head(type(encoder)(config, **options))
     weights = encoder.state_dict()
     for name in filter(is_position_table, weights):
         weights[name] = resampled(weights[name], len(longer.state_dict()[name]), first_position(encoder))

@@ -141,6 +141,20 @@ def test_all_fields_that_do_not_fit_are_said_at_once_and_these_fit(
     assert fitting.model.image.name == "resnet18" and fitting.model.embed_dim == 16
 
 
+def test_an_export_with_code_of_its_own_is_begun_with_like_any_other(trained: RunConfig, tmp_path: Path) -> None:
+    model = replace(trained.model, projection_bias=True, image=replace(trained.model.image, projection="mlp"))
+    config = replace(trained, model=model, runs_dir=str(tmp_path / "runs"))
+    source = load_source(write_run(config, steps=1))
+    (tmp_path / "form").mkdir()
+    with torch.no_grad():
+        HfTarget().write(source, tmp_path / "form")
+    with pytest.raises(ValueError, match=r"\n  model.projection_bias true    \(now it is False\)"):
+        open_origin(replace(config, model=replace(model, projection_bias=False), init=f"hf:{tmp_path / 'form'}"))
+    again = replace(config, init=f"duet:{tmp_path / 'form'}")
+    for actual_ND, expected_ND in zip(encoded(started(again), again), encoded(source.model, config), strict=True):
+        torch.testing.assert_close(actual_ND, expected_ND, rtol=0, atol=1e-6)
+
+
 def test_biases_come_through_open_clip_which_has_none_for_texts(trained: RunConfig, tmp_path: Path) -> None:
     model = replace(trained.model, projection_bias=True, image=replace(trained.model.image, projection="mlp"))
     config = replace(trained, model=model, runs_dir=str(tmp_path / "runs"))
