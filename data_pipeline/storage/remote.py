@@ -13,6 +13,8 @@ from data_pipeline.storage.redaction import check_whole
 
 REMOTE = ("http", "https", "s3", "gs")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tbz2", ".tar.lz4")
+SILENCE_SECONDS = 60
+"""For which a web server may send nothing."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")
 _INSTALL = {"s3": "s3fs", "gs": "gcsfs", "http": "'fsspec[http]'", "https": "'fsspec[http]'"}
@@ -48,7 +50,7 @@ def filesystem(url: str) -> tuple[Any, str]:
             import aiohttp
 
             # aiohttp's own limit is five minutes for a whole file, whatever its size: limit the silence instead.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_SECONDS)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:

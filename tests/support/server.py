@@ -1,5 +1,7 @@
 """An HTTP server on this host that serves a directory, and misbehaves on request."""
 
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ S = TypeVar("S", bound=ThreadingHTTPServer)
 
 
 class Server(ThreadingHTTPServer):
-    """faults: what happens to the next GETs, one each: cut, short, flip, error, endless, stall. requests: paths of the
-    GETs so far. sent: bytes of endless bodies so far."""
+    """faults: what happens to the next GETs, one each: cut, short, flip, error, busy, reset, endless, stall; less or
+    more is said of the length than there is. requests: paths of the GETs so far. sent: bytes of endless bodies so far.
+    """
 
     daemon_threads = True
 
@@ -34,8 +37,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         path = self.server.directory / self.path.partition("?")[0].lstrip("/")
         fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault == "error" or not path.is_file():
-            self.send_error(500 if fault else 404)
+        if fault in ("error", "busy") or not path.is_file():
+            self.send_error({"error": 500, "busy": 503}.get(fault, 404))
             return
         data = bytearray(path.read_bytes())
         if fault == "endless":
@@ -51,12 +54,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "short":
             data = data[:-512]
         self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + {"less": -512, "more": 512}.get(fault, 0)))
         self.end_headers()
         half = len(data) // 2
         self.wfile.write(data[:half])
         self.wfile.flush()
-        if fault == "cut":
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if fault in ("cut", "reset"):
             self.connection.close()
             return
         if fault == "stall":

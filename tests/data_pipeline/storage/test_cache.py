@@ -1,16 +1,17 @@
 """The cache against a real HTTP server that cuts, flips and fails, and against other processes."""
 
 import hashlib
-import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.storage import remote
 from data_pipeline.storage.cache import Store
 from data_pipeline.storage.manifest import Shard
 from data_pipeline.storage.shards import ShardReader, read_index
@@ -73,8 +74,9 @@ def test_a_remote_shard_is_fetched_once_and_read(server, cache):
     assert server.requests == ["/a.tar"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "short", "flip", "error"])
-def test_case_11_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, cache):
+@pytest.mark.parametrize("fault", ["cut", "short", "flip", "error", "busy", "reset", "stall", "less", "more"])
+def test_case_11_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, cache, monkeypatch):
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
     shard = remote_shard(server)
     server.faults = [fault, fault]
     local = store(cache).local(shard)
@@ -90,6 +92,10 @@ def test_case_11_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, 
         ("short", "9728 bytes came"),
         ("flip", "sha256"),
         ("error", "500"),
+        ("busy", "503"),
+        ("reset", "could not be fetched"),
+        ("less", "9728 bytes came"),
+        ("more", "PayloadError"),
     ],
 )
 def test_case_11_a_fault_that_stays_names_the_shard_and_leaves_nothing(fault, words, server, cache):
@@ -265,7 +271,7 @@ def _size(path):
         return 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_a_missing_backend_names_the_package(cache):
+def test_a_missing_backend_names_the_package(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # cannot be imported
     with pytest.raises(ValueError, match="pip install s3fs"):
         store(cache).local(Shard("s3://bucket/a.tar", 1, 10240, "0" * 64))

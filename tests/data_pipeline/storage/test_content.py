@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from data_pipeline.storage.kept_index import read_hashed, read_index
 from data_pipeline.storage.manifest import Shard
 from data_pipeline.storage.shards import ShardReader
 from tests.support.server import serve
-from tests.support.tars import LONG, SAMPLES, contents, describe, write_tar, write_webdataset
+from tests.support.tars import LONG, SAMPLES, contents, describe, forget_index, write_tar, write_webdataset
 
 ALTERED = r"a\.tar has [0-9a-f]{64} as its sha256, its manifest says [0-9a-f]{64}: it is damaged or was replaced"
 
@@ -72,6 +73,47 @@ def test_case_07_no_bit_of_a_long_name_or_a_payload_is_taken_for_another(form, t
         Path(shard.url).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.tar"):
             ShardReader(shard.url, shard)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+@pytest.mark.parametrize("kept", ["index", "no index", "cache"])
+def test_case_07_no_damage_at_a_random_place_is_trained_on(damage, kept, tmp_path, record_property) -> None:
+    """Beside the index of the whole tar with the times of before, without one, and in the cache that fetches again."""
+    rng, tries = random.Random(7), 500 if kept != "cache" else 50
+    samples = [
+        (f"{n:03d}", {"txt": f"number {n}".encode(), "jpg": rng.randbytes(rng.randrange(900))}) for n in range(9)
+    ]
+    (tmp_path / "remote").mkdir()
+    path = write_webdataset(tmp_path / "remote" / "a.tar", samples)
+    whole, expected, shard = path.read_bytes(), contents(path), describe(path)
+    end = len(whole.rstrip(b"\0"))  # behind it is nothing that a size would not tell
+    with serve(tmp_path / "remote") as server:
+        store = Store(tmp_path / "cache", 10**9, attempts=1)
+        if kept == "cache":
+            shard = replace(shard, url=f"{server.url}/a.tar")
+            path = Path(store.local(shard))
+        for _ in range(tries):
+            data, place = bytearray(whole), rng.randrange(end)
+            data[place] ^= 1 << rng.randrange(8)
+            before = path.stat()
+            path.write_bytes(data if damage == "flipped" else whole[:place])
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            if kept == "cache":
+                reader = store.open(shard)
+                found = [reader.raw(index) for index in range(len(reader))]
+                reader.close()
+                assert [(raw["__key__"], raw["txt"], raw["jpg"]) for raw in found] == [
+                    (key, members["txt"], members["jpg"]) for key, members in expected
+                ]
+                continue
+            if kept == "no index":
+                forget_index(path)
+            with pytest.raises(ValueError, match=r"a\.tar"):
+                ShardReader(path, shard)
+            path.write_bytes(whole)
+            ShardReader(path, shard).close()
+    record_property("tries", tries)
 
 
 def test_a_shard_is_hashed_once_while_it_stays(shard, monkeypatch) -> None:
