@@ -142,7 +142,7 @@ def test_an_epoch_has_every_sample_once_but_the_remainder(manifest: Manifest, to
     assert set(counts.values()) == {1} and len(counts) == sum(SIZES) - order.remainder
 
 
-def test_several_sources_are_mixed_by_weight(tiny_shards: Callable[..., Path], tokenizer: Tokenizer) -> None:
+def test_case_08_several_sources_are_mixed_by_weight(tiny_shards: Callable[..., Path], tokenizer: Tokenizer) -> None:
     both = [load_manifest(tiny_shards(SIZES, name="shards")), load_manifest(tiny_shards((30,), name="other"))]
     expected = reference(both, tokenizer, settings())
     assert_equal(all_ranks(both, tokenizer, settings(2), 2), expected)

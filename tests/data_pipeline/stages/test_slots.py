@@ -38,7 +38,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch: int, micro_batch: int, 
         check_batch(batch, micro_batch, world)
 
 
-def test_shards_are_called_by_as_much_of_their_address_as_tells_them_apart() -> None:
+def test_case_08_shards_are_called_by_as_much_of_their_address_as_tells_them_apart() -> None:
     def manifest(*urls: str) -> Manifest:
         return Manifest(tuple(Shard(url, 1, 1, "0" * 64) for url in urls), {}, "/m.json")
 
