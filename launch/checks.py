@@ -20,8 +20,8 @@ from launch.memory import GB, RESERVE, plan
 from train import distributed
 from train.config import RunConfig
 
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "webdataset", "wandb", "pillow")
 REQUIRED = ("torch", "torchvision", "transformers", "accelerate", "webdataset", "pillow")
+PACKAGES = (*REQUIRED, "simplejpeg", "deepspeed", "wandb")
 
 
 def versions() -> list[Finding]:

@@ -120,7 +120,7 @@ def load_image(image: Image.Image, *, background: RGB = (255, 255, 255), shrink:
     and 1/8 of its size that is at least 1 / shrink; other formats come in full size.
     Transparent pixels are put over `background`. Raises BadSample.
     """
-    turn = _TURNS.get(_orientation(image))
+    turn = turn_of(image)
     with _decoding(image):
         if shrink >= 2:
             image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
@@ -134,14 +134,19 @@ def load_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> I
 
     A JPEG is decoded at the smallest scale at which the crop still has size x size pixels. Raises BadSample.
     """
-    full_width, full_height = oriented_size(image)
+    full = oriented_size(image)
+    image = load_image(image, background=background, shrink=min(crop[2:]) / size)
+    box = scaled_box(crop, full, image.size)
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def scaled_box(crop: Crop, full: tuple[int, int], seen: tuple[int, int]) -> tuple[int, int, int, int]:
+    """left, top, right, bottom of a crop of the upright image of size `full`, in the picture of size `seen` of it."""
     left, top, width, height = crop
-    image = load_image(image, background=background, shrink=min(width, height) / size)
-    x, y = image.width / full_width, image.height / full_height
+    x, y = seen[0] / full[0], seen[1] / full[1]
     right, bottom = round((left + width) * x), round((top + height) * y)
     left, top = int(left * x), int(top * y)
-    box = (left, top, max(left + 1, right), max(top + 1, bottom))
-    return image if box == (0, 0, *image.size) else image.crop(box)
+    return left, top, max(left + 1, right), max(top + 1, bottom)
 
 
 def decode_image(
@@ -155,6 +160,11 @@ def decode_image(
     image = open_image(data, max_pixels)
     shrink = min(image.size) / target if target else 1.0
     return load_image(image, background=background, shrink=shrink)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What turns the pixels of an opened image upright; None where they are. Raises BadSample."""
+    return _TURNS.get(_orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
