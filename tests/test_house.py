@@ -25,7 +25,7 @@ ROWS = (
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
     ("train.step", "train.account", "train.evaluation", "train.init", "train.parent"),
-    ("train.report",),
+    ("train.report", "train.begin"),
     ("train.evaluate", "train.checks", "train.export"),
     ("train.loop", "train.use"),
     ("train.embed", "train.search", "train.curate"),

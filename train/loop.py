@@ -16,6 +16,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.account import account, agree
+from train.begin import beginning
 from train.checkpoint import Tensors, TrainState
 from train.checks import check, hints
 from train.config import RunConfig
@@ -31,15 +32,12 @@ from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed, fetch
-from train.init.fit import fill
-from train.init.origin import open_origin
-from train.model.pair import build_model
-from train.model.text_files import text_files, tokenizer_name, with_own_text
+from train.model.text_files import text_files, tokenizer_name
 from train.model.trial import try_out
-from train.parent import Parent, settled
+from train.parent import settled
 from train.report import exhibit
 from train.report.page import write_report
-from train.run.directory import onward, open_run, read_results, record_config, write_results
+from train.run.directory import open_run, read_results, record_config, write_results
 from train.run.lineage import write_record
 from train.run.records import LEDGER, METRICS, read_records
 from train.run.signals import EXIT_PREEMPTED, StopRequest
@@ -224,82 +222,56 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
 
 
 def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, watch: Watch) -> Run:
-    """All parts of a run: resumed from its newest undamaged checkpoint, else started from its parent, else fresh."""
+    """All parts of a run, at the step where it begins or resumes; `train.begin` says where that is."""
     feed, suite = Feed(config), Suite(config)
-    state = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
-
-    found, source = checkpoint.newest(directory), config
-    parent = Parent(config, directory) if config.parent.run and found is None else None
-    if found is not None:
-        checkpoint.check_text(found, config)
-        source = with_own_text(config, found)
-    origin = open_origin(config) if config.init and found is None and parent is None else None
+    fresh = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
+    start = beginning(config, directory)
     torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
-    lines: list[str] = []
-    if parent is not None:
-        model = parent.model(feed)
-        state, source = parent.begin(state, feed), parent.source
-    else:
-        model = build_model(source, feed.mean, feed.std, pretrained=found is None and origin is None)
-    if origin is not None:
-        lines, state.init = fill(model, origin, config), origin.sha256
-    if found is not None:
-        state = checkpoint.load_state(found)
-        if state.data_hash != feed.identity:
-            raise ValueError(
-                f"data.train: {found} was trained on other data ({state.data_hash}, now {feed.identity}). "
-                f"Give the data that it was trained on, or choose another `name`{onward(directory)}"
-            )
-        checkpoint.load_weights(found, model)
-    tokenizer = Tokenizer(tokenizer_name(source), config.data.max_tokens)
+    model = start.model(feed)
+    state = start.begin(fresh, feed)
+    tokenizer = Tokenizer(tokenizer_name(start.source), config.data.max_tokens)
     tokenizer.fills |= model.text.reads_padding
     notes = try_out(model, tokenizer, config)
     engine = engine_of_run(accelerator, model, config)
     average = WeightAverage(engine, config.optim.ema)
-    if found is not None:
-        restore(found, engine, average, state)
-    if parent is not None:
-        parent.restore(engine, average)
+    start.restore(engine, average)
 
     state.precision, state.code = engine.precision, code_version()
-    files = (checkpoint.saved_text_files(found) if found else {}) or text_files(model, tokenizer)
+    files = start.saved_text or text_files(model, tokenizer)
     patience = Patience(PATIENCE * watch.limit, stop.check, watch.loader_stacks, SLOW)
     batches = feed.batches(tokenizer, state.step, patience, state.moved_by)
     encoder = Encoder(engine.module, config, tokenizer, autocast=engine.autocast)
-    if found is None:
-        write_record(directory, parent.record() if parent else {})
+    if not start.resumes:
+        write_record(directory, start.record())
     record_config(directory, config)
     tracker = Tracker(config, directory, resumed_step=state.step, total_steps=feed.steps)
     tracker.check()
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
-    tracker.message(f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}")
-    if found is not None:
-        tracker.message(f"resumes from {found}")
-    for line in [*(parent.lines if parent else lines), *notes, *hints(config, feed.steps)]:
+    normalized = f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}"
+    for line in [normalized, *start.lines, *notes, *hints(config, feed.steps)]:
         tracker.message(line)
-    if found is None and distributed.is_main():
-        try:
-            lines = overlap.warnings(feed.manifests, suite.manifests())
-        except (OSError, ValueError) as error:  # no reason for this rank to leave the others
-            lines = [f"warning: held-out images were not looked for among the training images: {error}"]
-        for line in lines:
-            tracker.message(line)
+    for line in [] if start.resumes else shared_images(feed, suite):
+        tracker.message(line)
     tally = Tally(feed.order, config.train.global_batch, state.samples, state.step - state.first_step, state.moved_by)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
     parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, files, best)
     return Run(config, directory, *parts, tracker, stop, watch, tally)
 
 
+def shared_images(feed: Feed, suite: Suite) -> list[str]:
+    """Warnings, on rank 0, where held-out images are among those of training."""
+    if not distributed.is_main():
+        return []
+    try:
+        return overlap.warnings(feed.manifests, suite.manifests())
+    except (OSError, ValueError) as error:  # no reason for this rank to leave the others
+        return [f"warning: held-out images were not looked for among the training images: {error}"]
+
+
 def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
     """What a checkpoint holds of a prepared engine; notes its updates in `state`; a collective."""
     state.updates = engine.updates()
     return Tensors(model=engine.weights(), optimizer=engine.moments(), ema=average.state())
-
-
-def restore(found: Path, engine: Engine, average: WeightAverage, state: TrainState) -> None:
-    """Put a checkpoint's moments and averages into a prepared engine, which has its weights; a collective."""
-    engine.load_moments(checkpoint.load_part(found, "optimizer"), state.updates)
-    average.load(checkpoint.load_part(found, "ema"))
 
 
 def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:

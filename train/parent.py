@@ -14,7 +14,7 @@ With the weights alone the run starts at step 0, and a tower that does not fit i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,16 @@ class Parent:
         source: the configuration whose text encoder and tokenizer the run is built with.
         lines: what to say of the start.
         differences: one line for every field of the experiment that is not as in the parent.
+        resumes, saved_text: as in train.begin; the run is a new one.
 
     Raises:
         ValueError: on all ranks, where the checkpoint is gone, damaged, or another one than the run has started from.
     """
 
+    resumes = False
+
     def __init__(self, config: RunConfig, directory: Path):
+        self.saved_text: Mapping[str, bytes] = {}
         self.config, self.directory = config, directory
         self.everything = config.parent.take == "all"
         self.path = _find(config)

@@ -23,12 +23,13 @@ TENSORS = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 def steps_between(text_tower: str, source: str, target: str, count: int) -> list[tuple[float, float]]:
     """Load the newest checkpoint of `source`, make `count` steps, save to `target`; loss and norm of each step."""
     from train import checkpoint, distributed
+    from train.begin import restore
     from train.checkpoint import TrainState
     from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
     from train.engine.optim import set_lrs
     from train.engine.start import start
-    from train.loop import collect, restore
+    from train.loop import collect
     from train.model.pair import build_model
     from train.step import training_step
 

@@ -36,12 +36,13 @@ class Trained(NamedTuple):
 def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path | None = None) -> Trained:
     """Go on from `source` for some measured steps with the configured balance, and save to `target`."""
     from train import checkpoint, distributed
+    from train.begin import restore
     from train.checkpoint import TrainState
     from train.engine.balance import Balance
     from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
     from train.engine.optim import set_lrs
-    from train.loop import collect, restore
+    from train.loop import collect
     from train.model.pair import build_model
     from train.step import training_step
 
