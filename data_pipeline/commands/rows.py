@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
+import shlex
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.commands.merging import Identified, Scattered
-from data_pipeline.commands.tables import SEVERAL_LINES, Table
+from data_pipeline.commands.tables import PROBED, SEVERAL_LINES, Table
 from data_pipeline.samples.text import LINES, WHOLE, encodable, lines_of
 from data_pipeline.storage.redaction import redact_urls
 
@@ -25,6 +27,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "comment", "sentence", "description")
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
+_URL = re.compile(r"\s*(?!file:)\w+://")
 LONGEST_KEY = 80
 """Characters of a key, so that a tar member's name fits its 100-byte field."""
 
@@ -77,12 +80,12 @@ def choose_columns(
 
     Where there is a class, captions are not needed.
     """
-    usual_names = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(table.columns)}
+    usual_names = {_usual(name): name for name in reversed(table.columns)}
 
     def choose(flag: str, asked: str, usual: Sequence[str]) -> str:
         if asked and table.has(asked):
             return asked
-        found = [] if asked else [usual_names[name] for name in usual if name in usual_names]
+        found = [usual_names[name] for name in ([_usual(asked)] if asked else usual) if name in usual_names]
         if not found and flag == "--image-column" and not asked:
             urls = [usual_names[name] for name in URL_COLUMNS if name in usual_names]
             if urls:
@@ -91,12 +94,16 @@ def choose_columns(
             lacking = (
                 f"there is no column {asked!r}" if asked else f"none of the columns is called {' or '.join(usual)}"
             )
-            raise ValueError(f"{flag}: {lacking} in {table.folder}; the columns are: {', '.join(table.columns)}")
+            columns = ", ".join(table.columns)
+            raise ValueError(f"{flag}: {lacking} in {table.folder}; the columns are: {columns}{table.hint}")
         return found[0]
 
+    image = choose("--image-column", image, IMAGE_COLUMNS)
+    if _holds_urls(table, image):
+        raise ValueError(_fetch_first(table, image, usual_names))
     is_described = bool(captions) or not cls or any(name in usual_names for name in CAPTION_COLUMNS)
     return Columns(
-        image=choose("--image-column", image, IMAGE_COLUMNS),
+        image=image,
         captions=tuple(choose("--caption-column", name, CAPTION_COLUMNS) for name in captions or [""] * is_described),
         key=choose("--key-column", key, ()) if key else table.key,
         cls=choose("--class-column", cls, ()) if cls else None,
@@ -105,14 +112,31 @@ def choose_columns(
     )
 
 
+def _usual(name: str) -> str:
+    """A column's name as IMAGE_COLUMNS and the others have it."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def _holds_urls(table: Table, column: str) -> bool:
+    """Whether the first records have nothing but remote addresses where images should be."""
+    records = itertools.islice(table.read(0, [column]), PROBED)
+    values = [record.get(column) for record, cause in records if not cause]
+    return bool(values) and all(isinstance(value, str) and _URL.match(value) for value in values)
+
+
 def _fetch_first(table: Table, url: str, usual_names: Mapping[str, str]) -> str:
     file = table.files[0]
-    caption = next((usual_names[name] for name in CAPTION_COLUMNS if name in usual_names), "caption")
-    form = "json" if file.suffix == ".json" else file.suffix.lstrip(".")
+    captions = [usual_names[name] for name in CAPTION_COLUMNS if name in usual_names]
+    caption = f" --caption_col {captions[0]!r}" if captions else ""
+    form = {".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+    delimiter = getattr(table, "delimiter", "")
+    kind = {"\t": "tsv"}.get(delimiter) or form.get(file.suffix.lower(), "csv")
+    comma = " (written with commas)" if delimiter in (";", "|") else ""
+    given = shlex.quote(str(file if len(table.files) == 1 else file.parent))
     return (
         f"INPUT: {file} holds urls of images (column {url!r}), and pack reads local files: fetch them first, with: pip "
-        f"install img2dataset; img2dataset --url_list {file} --input_format {form} --url_col {url!r} --caption_col "
-        f"{caption!r} --output_format webdataset --output_folder SHARDS; then: python -m data_pipeline index SHARDS"
+        f"install img2dataset; img2dataset --url_list {given}{comma} --input_format {kind} --url_col {url!r}{caption} "
+        f"--output_format webdataset --output_folder SHARDS; then: python -m data_pipeline index SHARDS"
     )
 
 
@@ -141,9 +165,9 @@ def _identified(table: Table, columns: Columns) -> Iterator[tuple[int, bytes | N
     """Of each record: its number, what tells its sample from others (None: nothing does), its captions."""
     if table.key is None:
         for number, (record, cause) in enumerate(table.read(0, columns.names)):
-            if isinstance(record.get(columns.image), bytes | dict):
-                return  # embedded images would have to be read all
             row = _row(table, columns, number, record, cause)
+            if isinstance(row.image, bytes):
+                return  # embedded images would have to be read all
             yield number, _identity(row, columns), row.captions
 
 
@@ -220,8 +244,10 @@ def _image(value: Any, folder: Path) -> Path | bytes:
         return value
     if not isinstance(value, str) or not value.strip():
         raise ValueError("no image")
-    if "://" in value:
-        raise ValueError(f"the image is a url ({redact_urls(value)}): fetch it first, with img2dataset")
+    if _URL.match(value):
+        raise ValueError(f"the image is a url, to be fetched first with img2dataset: {redact_urls(value)}")
+    if value.startswith("file://"):
+        value = urllib.parse.unquote(value.removeprefix("file://"))
     path = folder / value
     # White space around a cell's path is usually no part of it, but a file's name may well have some.
     return path if value == value.strip() or os.path.exists(path) else folder / value.strip()  # noqa: PTH110

@@ -29,6 +29,8 @@ class Table:
     """The column that names the samples where the user gives none."""
     probed = False
     """Whether `columns` are those of the first records only."""
+    hint = ""
+    """What else to say where a column is not found."""
 
     def __init__(self, files: Sequence[Path], folder: Path) -> None:
         self.files, self.folder = list(files), folder

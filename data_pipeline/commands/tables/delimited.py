@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.commands.tables.base import Record, Table
+from data_pipeline.commands.tables.folder import IMAGE_SUFFIXES
 
 DELIMITERS = (",", "\t", ";", "|")
 LONGEST = 1000
@@ -37,24 +39,18 @@ class DelimitedTable(Table):
         if repeated:
             raise ValueError(f"INPUT: {path} names the column {repeated[0]!r} more than once")
         self._width = len(self.columns)
+        self.hint = _named(self.columns, self.delimiter)
 
     def _guess(self, path: Path) -> str:
         """The delimiter that the header has most of; a .tsv has tabs."""
         if path.suffix.lower() == ".tsv":
             return "\t"
-        header = next((line for line in self._physical() if line.strip()), "")
+        header = next((line for line in text_lines(path) if line.strip()), "")
         return max(DELIMITERS, key=header.count)
-
-    def _physical(self) -> Iterator[str]:
-        try:
-            with self.files[0].open(encoding="utf-8-sig", newline="") as file:
-                yield from file
-        except UnicodeDecodeError as error:
-            raise ValueError(f"INPUT: {self.files[0]} cannot be read as UTF-8 CSV: {error}") from None
 
     def _lines(self) -> Iterator[tuple[list[str], str]]:
         """Each row that is not blank: its fields, and the cause why they cannot be told; the header first."""
-        lines = self._physical()
+        lines = text_lines(self.files[0])
         ahead: list[str] = []
         number = 0
         while True:
@@ -106,3 +102,49 @@ class DelimitedTable(Table):
             if not cause and len(line) != width:
                 cause = f"the row has {len(line)} fields, the header {width}"
             yield dict(zip(self.columns, line, strict=False)), cause
+
+
+class NumberedTable(Table):
+    """`name.jpg#0`, a tab and a caption on each line: Flickr8k.token.txt, Flickr30k's results_20130124.token."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__([path], path.parent)
+        self.columns = ["image", "caption"]
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether the first line of a file is like this."""
+        return any(_NUMBERED.fullmatch(line.rstrip("\r\n")) for line in itertools.islice(text_lines(path), 1))
+
+    def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
+        lines = (line.rstrip("\r\n") for line in text_lines(self.files[0]) if line.strip())
+        for line in itertools.islice(lines, start, None):
+            found = _NUMBERED.fullmatch(line)
+            cause = "" if found else "the line is not the name of an image, # and a number, a tab and a caption"
+            yield (dict(zip(self.columns, found.groups(), strict=True)) if found else {}), cause
+
+
+_NUMBERED = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text in UTF-8, with their ends. Raises ValueError for one in another code."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        with path.open("rb") as file:
+            code = "UTF-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        raise ValueError(
+            f"INPUT: {path} cannot be read as UTF-8 CSV: {error}; write it again, such as with: "
+            f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}"
+        ) from None
+
+
+def _named(header: Sequence[str], delimiter: str) -> str:
+    """What to say of a header that seems to be a sample; empty where it does not."""
+    kinds = ["url" if "://" in name else "image" if name.lower().endswith(IMAGE_SUFFIXES) else "" for name in header]
+    if not any(kinds):
+        return ""
+    names = delimiter.join(kind or "caption" for kind in kinds)
+    return f"; if its first row is a sample, put one with the names of the columns above it, such as: {names}"

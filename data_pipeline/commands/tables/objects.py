@@ -1,4 +1,4 @@
-"""JSON: one object per line, a list of objects, or the annotations of COCO."""
+"""JSON: one object per line, a list of objects, the annotations of COCO, or Karpathy's of COCO and Flickr."""
 
 from __future__ import annotations
 
@@ -38,15 +38,20 @@ class JsonlTable(Table):
 
 
 class JsonTable(Table):
-    """A JSON file that is read into memory: a list of objects, or the captions of COCO, one record per image."""
+    """A JSON file that is read into memory: a list of objects, or COCO's or Karpathy's captions, a record per image."""
 
     def __init__(self, path: Path) -> None:
         super().__init__([path], path.parent)
         content = read_json(path)
         if isinstance(content, dict) and isinstance(content.get("annotations"), list):
             content = _of_coco(content)
+        elif isinstance(content, dict) and isinstance(content.get("images"), list):
+            content = _of_karpathy(content)
         if not isinstance(content, list) or not content:
-            raise ValueError(f"INPUT: {path} is neither a list of objects nor COCO's captions (images, annotations)")
+            raise ValueError(
+                f"INPUT: {path} is neither a list of objects nor COCO's captions (images, annotations) nor Karpathy's "
+                f'(images with sentences): write it as a list such as [{{"image": "a.jpg", "caption": "text"}}]'
+            )
         self._records: list[Any] = content
         self.columns = list(dict.fromkeys(name for item in content if isinstance(item, dict) for name in item))
 
@@ -66,6 +71,19 @@ def _of_coco(content: dict) -> list[dict[str, Any]]:
             captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
     images = [image for image in content.get("images") or [] if isinstance(image, dict)]
     return [{"file_name": image.get("file_name"), "caption": captions.get(image.get("id"), [])} for image in images]
+
+
+def _of_karpathy(content: dict) -> list[dict[str, Any]]:
+    """One record per image: file_name, caption, the list of its sentences, and split (dataset_coco.json and others)."""
+    return [
+        {
+            "file_name": "/".join(str(image[name]) for name in ("filepath", "filename") if image.get(name)),
+            "caption": [sentence.get("raw") for sentence in image["sentences"] if isinstance(sentence, dict)],
+            "split": image.get("split"),
+        }
+        for image in content["images"]
+        if isinstance(image, dict) and isinstance(image.get("sentences"), list)
+    ]
 
 
 def read_json(path: Path) -> Any:

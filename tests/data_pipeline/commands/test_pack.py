@@ -145,7 +145,7 @@ def test_what_cannot_be_packed_is_listed_with_its_cause(folder, tmp_path, capsys
         "max_pixels",
         "5 fields, the header 4",
         "'a' is there more than once",
-        "is a url",
+        "is a url, to be fetched first",
         "unreadable JPEG",
     ]
     for line, part in zip(listed, expected, strict=True):
