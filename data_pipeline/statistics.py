@@ -35,6 +35,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEASURE_SIZE = 256
 """Images whose shorter side is longer than this, in pixels, are reduced to it before their pixels are counted."""
 _READ = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
+_OTHER_TEXTS = ("text", "caption", "captions", "transcript")
 EXAMPLES = 20
 """Bad samples that merged statistics name; all of them are counted."""
 LISTED_CLASSES = 10_000
@@ -111,6 +112,7 @@ def shard_statistics(
     try:
         for number in range(len(reader)):
             raw = reader.raw(number) | {CAPTIONS: caption_rule}
+            unread.update(_unread(raw))
             try:
                 data, captions, label = split(raw, needs_caption=False)
                 image = open_image(data, max_pixels)
@@ -123,8 +125,6 @@ def shard_statistics(
             histograms["height"][height] += 1
             histograms["image_bytes"][len(data)] += 1
             uncaptioned += not captions
-            # A second dot in a file's name ends the key too early: img.v2.jpg is member v2.jpg of the sample img.
-            unread.update(name for name in raw if name.rpartition(".")[0] and name.rpartition(".")[2] in _READ)
             several_lines += has_several_lines(raw)
             histograms["captions_per_image"][len(captions)] += 1
             histograms["caption_characters"].update(len(caption) for caption in captions)
@@ -146,6 +146,16 @@ def shard_statistics(
         "several_lines": several_lines,
         "unread": dict(unread),
     }
+
+
+def _unread(raw: dict[str, Any]) -> list[str]:
+    """Extensions of members that look like an image or a text of the sample, and are not read.
+
+    A second dot in a file's name ends the key too early: img.v2.jpg is member v2.jpg of the sample img.
+    """
+    images = [name for name in IMAGE_EXTENSIONS if name in raw]
+    dotted = [name for name in raw if name.rpartition(".")[0] and name.rpartition(".")[2] in _READ]
+    return [*images[1:], *dotted, *(name for name in _OTHER_TEXTS if name in raw)]
 
 
 def measured(image: Image.Image, background: RGB) -> np.ndarray:
@@ -189,7 +199,7 @@ def merge_statistics(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
         classes.update(part["classes"])
         bad.extend(part["bad"])
     # Causes that differ in their numbers alone are one kind.
-    causes = Counter(re.sub(r"\d[\d,.]*", "…", record["cause"]) for record in bad)
+    causes = Counter(re.sub(r"0x[0-9a-f]+|\d[\d,.]*\d|\d", "…", record["cause"]) for record in bad)
     return {
         "samples": samples,
         "bad": {"count": len(bad), "causes": dict(causes.most_common(EXAMPLES)), "examples": bad[:EXAMPLES]},

@@ -111,7 +111,8 @@ def held_out(config: RunConfig) -> list[Finding]:
     sets = [f"{one.nsamples} samples in {len(one.shards)} shards" for one in manifests.values()]
     text = f"{', '.join(sets)}, for {', '.join(named)}"
     if config.data.mode == "indexed" and config.data.train and (shared := warnings(_training_sets(config), named)):
-        return [warn("held-out data", f"{text}; {shared[0]}", "index the training data without them")]
+        remedy = "python -m train.curate --index TRAIN_INDEX --held-out HELD_OUT_INDEX --out NEW.json leaves them out"
+        return [warn("held-out data", f"{text}; {shared[0]}", remedy)]
     return [ok("held-out data", text)]
 
 

@@ -26,7 +26,7 @@ from data_pipeline.storage.files import put_in_place, take_lock
 from data_pipeline.storage.kept_index import read_hashed
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
 from data_pipeline.storage.redaction import address, redact_urls
-from data_pipeline.storage.remote import attempt, expand, fetch_file, filesystem, is_remote
+from data_pipeline.storage.remote import attempt, expand, fetch_file, filesystem, folder_of, is_remote
 from data_pipeline.storage.tar_index import EmptyTar
 
 EMPTY = ": an empty tar"
@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARDS",
         help="tars, directories, patterns such as 'data/{000..010}.tar' or 'data/*.tar', urls (http, https, s3, gs)",
     )
-    parser.add_argument("--out", type=Path, help="the manifest (default: manifest.json beside the shards)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the manifest (default: manifest.json beside the shards, or in the folder above all of theirs)",
+    )
     add_caption_rule(parser)
     parser.add_argument(
         "--leave-out-unusable",
@@ -77,7 +81,7 @@ def add_caption_rule(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises ValueError for patterns that match nothing and, naming each, for damaged shards."""
     urls = expand(args.shards)
-    path = _manifest_path(urls, args.out)
+    path = _manifest_path(urls, args.out, of_one_pattern=len(args.shards) == 1)
     manifest = index(urls, path, args.workers, caption_rule=args.captions, leave_out=args.leave_out_unusable)
     print(summary(manifest))
     return 0
@@ -108,8 +112,8 @@ def summary(manifest: Manifest) -> str:
     if known["unread"]:
         names = ", ".join(f"{number:,} .{extension}" for extension, number in known["unread"].items())
         lines.append(
-            f"members that are not read: {names}; a sample's key ends at the first dot of the file name, so rename "
-            f"files that have another dot in their name"
+            f"members that are not read: {names}; a sample has one image, its captions are in a txt or json, and its "
+            f"key ends at the first dot of the file name, so rename files that have another dot in their name"
         )
     return "\n".join(lines)
 
@@ -125,16 +129,16 @@ def bad_path(manifest: Path) -> Path:
     return manifest.with_name(f"{manifest.stem}.bad.jsonl")
 
 
-def _manifest_path(urls: Sequence[str], out: Path | None) -> Path:
+def _manifest_path(urls: Sequence[str], out: Path | None, of_one_pattern: bool) -> Path:
     if out is not None:
         out = out.expanduser().absolute()
         return out / FILE_NAME if out.is_dir() else out
     if any(is_remote(url) for url in urls):
         raise ValueError("--out: say where the manifest goes; it cannot be written beside remote shards")
     folders = sorted({str(Path(url).parent) for url in urls})
-    if len(folders) > 1:
+    if len(folders) > 1 and not of_one_pattern:
         raise ValueError(f"--out: say where the manifest goes; the shards are in {', '.join(folders)}")
-    return Path(folders[0]) / FILE_NAME
+    return Path(folder_of(urls)) / FILE_NAME
 
 
 @dataclass
@@ -190,8 +194,8 @@ def index(
             listed = "\n".join(f"  {faults[url]}" for url in refused or urls)
             raise ValueError(
                 f"{len(refused or urls):,} of {len(urls):,} shards cannot be used, so no manifest was written; mend "
-                f"them, or leave them out with --leave-out-unusable; what is indexed is kept, and the same command "
-                f"continues from there:\n{listed}"
+                f"them{', or leave them out with --leave-out-unusable' if used else ''}; what is indexed is kept, and "
+                f"the same command continues from there:\n{listed}"
             )
         # Parts are read one at a time: the hashes in them can be larger than memory.
         with _bad_list(bad_path(path)) as keep:

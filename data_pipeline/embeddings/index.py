@@ -82,7 +82,8 @@ def open_index(path: str | Path) -> Index:
     directory = Path(path).expanduser()
     about = read_about(directory)
     if about is None:
-        raise ValueError(f"index {path}: there is no {ABOUT} in it; make it with: python -m train.embed INPUT {path}")
+        command = f"python -m train.embed --model RUN INPUT {path}"
+        raise ValueError(f"index {path}: there is no {ABOUT} in it; make it with: {command}")
     if not about["complete"]:
         raise ValueError(f"index {path} is not complete: the command that began it, given again, resumes it")
     if not any(about[kind] for kind in KINDS):

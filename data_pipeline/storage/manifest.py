@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import numpy as np
 
 from data_pipeline.storage.files import BLOCK, write_atomically
 from data_pipeline.storage.redaction import address
-from data_pipeline.storage.remote import expand, is_remote, not_found, open_remote
+from data_pipeline.storage.remote import expand, folder_of, is_remote, not_found, open_remote
 from data_pipeline.storage.selection import Selection
 
 FILE_NAME = "manifest.json"
@@ -122,9 +123,9 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def _beside(pattern: str) -> Manifest:
-    """The manifest in the folder of the tars that a pattern stands for."""
+    """The manifest in the folder of the tars that a pattern stands for, or in the one that all of theirs are in."""
     urls = expand([pattern])
-    manifest = load_manifest(address(urls[0]).rpartition("/")[0])
+    manifest = load_manifest(folder_of(urls))
     listed = {address(shard.url) for shard in manifest.shards}
     if {address(url) for url in urls} != listed:
         raise ValueError(
@@ -184,8 +185,9 @@ def _read(url: str) -> bytes:
         raise
     except FileNotFoundError as error:
         if not_found(error):
-            command = f"python -m data_pipeline index {address(url).rpartition('/')[0]}"
-            raise ValueError(f"there is no manifest at {url}; make it with: {command}") from error
+            command = _command(url)
+            first = " (images and tables become shards by: python -m data_pipeline pack)" if "SHARDS" in command else ""
+            raise ValueError(f"there is no manifest at {url}; make it with{first}: {command}") from error
         raise ValueError(f"the manifest {url} could not be read: {error.__cause__}") from error
     except Exception as error:  # Each remote backend has exceptions of its own.
         raise ValueError(f"the manifest {url} could not be read: {type(error).__name__}: {error}") from error
@@ -215,7 +217,20 @@ def _resolve(url: str, manifest: str) -> str:
 def _remedy(url: str, content: Any = None) -> str:
     """content: what of the manifest can be read."""
     rule = " --captions lines" if isinstance(content, dict) and content.get("captions") == "lines" else ""
-    return f"make it again with: python -m data_pipeline index {address(url).rpartition('/')[0]}{rule}"
+    return f"make it again with: {_command(url)}{rule}"
+
+
+def _command(url: str) -> str:
+    """What makes the manifest at an address, where its shards are beside it; else with SHARDS for what they are."""
+    folder, _, name = address(url).rpartition("/")
+    if is_remote(url):
+        return f"python -m data_pipeline index {folder}/ --out {name} (and copy that beside them)"
+    try:
+        expand([folder])
+    except ValueError:
+        return f"python -m data_pipeline index SHARDS --out {shlex.quote(url)}"
+    out = f" --out {shlex.quote(url)}" if name != FILE_NAME else ""
+    return f"python -m data_pipeline index {shlex.quote(folder)}{out}"
 
 
 def _parse(content: Any, url: str) -> Manifest:

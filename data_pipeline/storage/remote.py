@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.storage.redaction import check_whole
+from data_pipeline.storage.redaction import address, check_whole
 
 REMOTE = ("http", "https", "s3", "gs")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tbz2", ".tar.lz4")
+UNPACK = {
+    ".tar.gz": "gzip -d",
+    ".tgz": "gzip -d",
+    ".tar.zst": "zstd -d --rm",
+    ".tar.xz": "xz -d",
+    ".tar.bz2": "bzip2 -d",
+    ".tbz2": "bzip2 -d",
+    ".tar.lz4": "lz4 -d --rm",
+}
+"""How names of compressed tars end -> the command that puts a .tar in their place."""
+COMPRESSED = tuple(UNPACK)
 SILENCE_SECONDS = 60
 """For which a web server may send nothing."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -123,6 +135,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def folder_of(urls: Sequence[str]) -> str:
+    """The folder that local shards are in, or the nearest one that all of theirs are in; of remote ones the first's."""
+    if any(is_remote(url) for url in urls):
+        return address(urls[0]).rpartition("/")[0]
+    return os.path.commonpath([os.path.dirname(url) for url in urls])  # noqa: PTH120 - as it is, links and all
+
+
 def _matches(part: str, literal: bool) -> list[str]:
     """What one pattern without braces stands for."""
     has_glob = not literal and glob.has_magic(part)
@@ -136,12 +155,15 @@ def _matches(part: str, literal: bool) -> list[str]:
         try:
             return sorted(system.unstrip_protocol(name) for name in system.glob(path))
         except Exception as error:  # Each remote backend has exceptions of its own.
-            raise ValueError(f"{part} could not be listed: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{part} could not be listed: {type(error).__name__}: {error}; give the names of its shards, such as "
+                f"{{000..127}}.tar"
+            ) from error
     path = str(Path(part).expanduser().absolute())
     if has_glob:
         return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     if Path(path).is_dir():
-        tars = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        tars = sorted(str(tar) for tar in Path(path).iterdir() if tar.name.lower().endswith(".tar") and _is_seen(tar))
         if tars and (others := _other_tars(Path(path))):
             raise ValueError(
                 f"{path} holds {len(tars):,} tars and {len(others):,} that it does not stand for, such as {others[0]}: "
@@ -150,6 +172,11 @@ def _matches(part: str, literal: bool) -> list[str]:
             )
         return tars
     return [path] if Path(path).exists() else []
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether it is a file of the user's: macOS puts a ._a.tar beside a.tar on some disks."""
+    return not path.name.startswith(".")
 
 
 def _other_tars(folder: Path) -> list[Path]:
@@ -169,7 +196,9 @@ def _what_else(part: str) -> str:
         if any(other.suffix == ".tar" for other in others):
             return f"its tars are in folders below: give '{part}/**/*.tar' for all of them, or one of those folders"
         if others:
-            return f"its tars are compressed: unpack them to .tar first, such as: gunzip {others[0]}"
+            end = next(end for end in COMPRESSED if others[0].name.lower().endswith(end))
+            command = f"{UNPACK[end]} {shlex.quote(str(others[0]))}"
+            return f"its tars are compressed: unpack them to .tar first, such as: {command}"
         return "it holds no .tar files; images or tables are packed with: python -m data_pipeline pack"
     return "give .tar files, a directory of them, or a pattern"
 

@@ -19,6 +19,8 @@ BLOCK = 512
 """Bytes of a tar block: headers, and the unit that members are padded to."""
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 """How files begin that hold a tar, or the like, in another form."""
+_TAR = "tar --sort=name --hard-dereference -h -cf NEW.tar -C FOLDER ."
+"""GNU tar's command that makes a shard of the files in a folder."""
 MOST_HEADER = 1 << 20
 """Bytes of a long name, or of the attributes of a member."""
 _HEADERS = (
@@ -133,7 +135,7 @@ def scan(path: Path) -> list[Entry]:
         if not (member.isreg() or member.isdir()) or member.issparse():
             raise ValueError(
                 f"{path}: member {member.name} is no plain file (a link, a device, a sparse file); write the tar "
-                f"again, such as with: tar --hard-dereference -h -cf"
+                f"again, such as with: {_TAR}"
             )
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
         if end > filesize or member.size < 0:
@@ -146,7 +148,7 @@ def scan(path: Path) -> list[Entry]:
             if key in keys:
                 raise ValueError(
                     f"{path}: key {key} is in it twice; the members of a sample must be "
-                    f"neighbours: write the tar again with sorted names, such as with: tar --sort=name -cf"
+                    f"neighbours: write the tar again with sorted names, such as with: {_TAR}"
                 )
             keys.add(key)
             entries.append(Entry(key, {}))
@@ -167,7 +169,11 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
         start = file.read(8)
     for magic, form in _PACKED.items():
         if start.startswith(magic):
-            raise ValueError(f"{path} is compressed ({form}), so no sample in it can be read alone: unpack it to .tar")
+            unpack = f"unzip OLD -d FOLDER; {_TAR}" if form == "zip" else f"{form} -dc OLD > NEW.tar"
+            raise ValueError(
+                f"{path} is compressed ({form}), so no sample in it can be read alone: unpack it to .tar, such as "
+                f"with: {unpack}"
+            )
     try:
         with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             yield from tar

@@ -91,6 +91,30 @@ def test_a_second_dot_in_a_name_is_said(tmp_path, capsys):
     assert "members that are not read: 1 .v2.jpg, 1 .v2.txt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("img.2020.01.jpg", "1 .2020.01.jpg"), ("img.png", "1 .png"), ("img.caption", "1 .caption"), ("img.cls.txt", "")],
+)
+def test_what_looks_like_a_part_of_a_sample_and_is_not_read_is_said(tmp_path, capsys, name, shown):
+    write_tar(tmp_path / "0.tar", [("img.jpg", tiny_image(1)), ("img.txt", b"text"), (name, tiny_image(2))])
+    assert index(tmp_path) == 0
+    assert f"members that are not read: {shown or '1 .cls.txt'};" in capsys.readouterr().out
+
+
+def test_samples_that_are_bad_for_a_dot_say_so(tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", [("img.v1.jpg", tiny_image(1)), ("img.v1.txt", b"text")])
+    assert index(tmp_path) == 0
+    assert "members that are not read: 1 .v1.jpg, 1 .v1.txt;" in capsys.readouterr().out
+
+
+def test_a_directory_stands_for_its_tars_in_any_case_and_not_for_what_macos_adds(tmp_path):
+    for name in ("a.tar", "B.TAR"):
+        write_tar(tmp_path / name, [(f"{name[0]}.png", tiny_image(1)), (f"{name[0]}.txt", b"text")])
+    (tmp_path / "._a.tar").write_bytes(b"Mac OS X")
+    assert index(tmp_path) == 0
+    assert load_manifest(tmp_path).nsamples == 2
+
+
 @pytest.mark.parametrize("other", ["b.tgz", "b.tar.gz", "b.tar.zst", "sub/b.tar"])
 def test_a_directory_with_other_tars_is_refused(tmp_path, capsys, other):
     write_tar(tmp_path / "a.tar", [("a.png", tiny_image(1)), ("a.txt", b"text")])
@@ -106,7 +130,7 @@ def test_a_directory_with_other_tars_is_refused(tmp_path, capsys, other):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("sub/b.tar", r"/**/*.tar'"), ("b.tgz", "gunzip"), ("b.png", "python -m data_pipeline pack")]
+    ("name", "remedy"), [("sub/b.tar", r"/**/*.tar'"), ("b.tgz", "gzip -d"), ("b.png", "python -m data_pipeline pack")]
 )
 def test_a_directory_without_tars_says_what_to_give(tmp_path, capsys, name, remedy):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -142,6 +166,14 @@ def test_causes_are_grouped_and_every_bad_sample_is_listed(tmp_path, capsys):
     causes = load_manifest(tmp_path).statistics["bad"]["causes"]
     assert list(causes.values()) == [40]
     assert len((tmp_path / "manifest.bad.jsonl").read_text().splitlines()) == 40
+
+
+def test_causes_that_differ_in_a_byte_or_a_number_are_one(tmp_path):
+    members = [(f"{byte}.{kind}", data) for byte in range(0xC0, 0xF8) for kind, data in (("jpg", b"x"), ("txt", b"y"))]
+    captions = [(name, bytes([int(name[:3]), 32]) if name.endswith("txt") else tiny_image(1)) for name, _ in members]
+    write_tar(tmp_path / "a.tar", captions)
+    assert index(tmp_path) == 0
+    assert len(load_manifest(tmp_path).statistics["bad"]["causes"]) <= 2
 
 
 SIGNATURE = "X-Amz-Signature=" + "5ec7e7" * 60

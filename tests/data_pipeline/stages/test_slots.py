@@ -38,6 +38,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch: int, micro_batch: int, 
         check_batch(batch, micro_batch, world)
 
 
+@pytest.mark.parametrize(("batch", "micro_batch", "world", "lanes"), [(99, 25, 1, 8), (100, 25, 2, 8), (12, 4, 1, 8)])
+def test_the_batch_that_is_advised_is_not_refused(batch: int, micro_batch: int, world: int, lanes: int) -> None:
+    with pytest.raises(ValueError, match=r"is not divisible by .*, such as \d+$") as error:
+        check_batch(batch, micro_batch, world, lanes)
+    check_batch(int(str(error.value).rpartition(" ")[2]), micro_batch, world, lanes)
+
+
 def test_case_08_shards_are_called_by_as_much_of_their_address_as_tells_them_apart() -> None:
     def manifest(*urls: str) -> Manifest:
         return Manifest(tuple(Shard(url, 1, 1, "0" * 64) for url in urls), {}, "/m.json")

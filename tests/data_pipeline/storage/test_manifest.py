@@ -110,8 +110,10 @@ def test_a_write_that_fails_keeps_the_old_manifest(tiny_shards):
 
 
 def test_a_missing_manifest_names_the_remedy(tmp_path):
-    for path in (tmp_path, tmp_path / "manifest.json", tmp_path / "no"):
-        with pytest.raises(ValueError, match=r"no manifest at .*; make it with: python -m data_pipeline index /"):
+    for path in (tmp_path, tmp_path / "manifest.json", tmp_path / "no.json"):
+        with pytest.raises(
+            ValueError, match=r"no manifest at .*data_pipeline pack\): .* index SHARDS --out /.*\.json$"
+        ):
             load_manifest(path)
 
 
@@ -264,6 +266,7 @@ def test_a_signed_address_is_read_and_its_shards_are_beside_it(tiny_shards):
 
 def test_the_remedy_of_a_damaged_manifest_reads_captions_as_it_did(tmp_path):
     path = tmp_path / "manifest.json"
+    (tmp_path / "a.tar").touch()
     write_manifest(path, [shard(tmp_path / "a.tar")], {}, "lines")
     path.write_text(path.read_text().replace('"nsamples": 3', '"nsamples": null'))
     with pytest.raises(ValueError, match=rf"python -m data_pipeline index {tmp_path} --captions lines$"):
