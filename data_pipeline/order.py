@@ -85,7 +85,7 @@ class Order:
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"data.train: the {self.samples} samples of source {source} are fewer than the {batch} rows that one "
-                f"step takes of them: lower `global_batch`, or add data"
+                f"step takes of them: lower `global_batch` (and `micro_batch`, which divides it), or add data"
             )
         self.remainder = self.samples - self.steps_per_epoch * batch
         self._epochs: dict[int, _Epoch] = {}

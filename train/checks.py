@@ -99,7 +99,8 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     """
     check_ranges(config)
     check_data(config)
-    check_batch(config.train.global_batch, config.train.micro_batch, processes or 1)
+    lanes = config.data.lanes if config.data.mode == "indexed" else 1
+    check_batch(config.train.global_batch, config.train.micro_batch, processes or 1, lanes)
     check_temperature(config)
     check_schedule(config)
     check_parent(config)

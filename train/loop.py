@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def run(config: RunConfig) -> int:
     Raises:
         ValueError: something that the user can mend; the message names the field, the value and the remedy.
     """
-    check(config)
+    check(config, int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None)
     stop = StopRequest()
     accelerator = start()
     config = settled(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,11 +83,14 @@ def share_of(rank: int, world: int, global_batch: int, micro_batch: int, start_s
     return Share(micro_batch, rank * count, count, start_step, stop_step)
 
 
-def check_batch(global_batch: int, micro_batch: int, world: int = 1) -> None:
-    """Raises ValueError where a global batch cannot be shared among processes in whole micro-batches."""
-    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world):
-        unit = max(micro_batch, 1) * world
+def check_batch(global_batch: int, micro_batch: int, world: int = 1, lanes: int = 1) -> None:
+    """Raises ValueError where a global batch cannot be shared among processes in whole micro-batches, or by lanes."""
+    share, lanes = max(micro_batch, 1) * world, max(lanes, 1)
+    if global_batch < 1 or micro_batch < 1 or global_batch % share or global_batch % lanes:
         among = f"{world} processes x micro_batch {micro_batch}" if world > 1 else f"micro_batch {micro_batch}"
+        if micro_batch > 0 and global_batch % share == 0:
+            among = f"data.lanes {lanes}"
+        unit = math.lcm(share, lanes)
         raise ValueError(
             f"global_batch {global_batch} is not divisible by {among}: give a multiple of {unit}, such as "
             f"{max(1, global_batch // unit) * unit}"

@@ -1,6 +1,7 @@
 """Runs that start from another run."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -286,13 +287,48 @@ def test_a_run_has_one_parent(old, tmp_path: Path) -> None:
             loop.run(other)
 
 
-def test_a_refused_change_names_the_way_and_the_way_is_open(old, tmp_path: Path) -> None:
-    other = replace(old, optim=replace(old.optim, lr=0.5))
+def follow(message: str, runs: Path, *changed: str) -> TrainState:
+    """Where the run begins that a message advises: under another name, by its --from or --from-weights."""
+    advised = re.search(r"under which (--from(?:-weights)? \S+) starts|give another --name, (--from \S+) and", message)
+    assert advised is not None, message
+    line = [*(advised[1] or advised[2]).split(), "--name", "onward", "--runs_dir", str(runs), *changed]
+    new = settled(cli.parse(line))
+    feed, parent = Feed(new), Parent(new, runs / "onward")
+    parent.model(feed)
+    return parent.begin(TrainState(data_hash=feed.identity, order=feed.order_identity), feed)
+
+
+MORE = ("--train.steps", "8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "step"),
+    [
+        (("--optim.lr", "0.5"), MORE, STEPS),
+        (("--train.global_batch", "24"), MORE, STEPS),
+        (("--data.augment.policy", "strong"), MORE, STEPS),
+        (MORE, (), STEPS),  # which is the change
+        (("--model.image.name", "shufflenet_v2_x1_0"), (), 0),
+        (("--data.image_size", "40"), (), 0),
+    ],
+)
+def test_a_refused_change_names_the_way_and_the_way_is_open(old, tmp_path: Path, changed, more, step: int) -> None:
+    same = ["--config", str(run_dir(old) / "config.yaml")]
     with pytest.raises(ValueError) as error:
-        loop.run(other)
-    advice = f"choose another --name, under which --from {run_dir(old)} starts from where that run has come"
-    assert advice in cli.with_flags(str(error.value))
-    towers = replace(old, model=replace(old.model, image=replace(old.model.image, name="shufflenet_v2_x1_0")))
-    with pytest.raises(ValueError) as error:
-        loop.run(towers)
-    assert f"under which --from-weights {run_dir(old)} starts from those towers" in cli.with_flags(str(error.value))
+        loop.run(cli.parse([*same, *changed]))
+    shown = cli.with_flags(str(error.value))
+    assert "or choose another --name" in shown and ("with more --train.steps" in shown) is (step > 0)
+    assert follow(shown, tmp_path, *changed, *more).step == step
+
+
+def test_the_way_on_from_the_end_and_from_other_data_is_open(old, tmp_path: Path, capfd) -> None:
+    assert loop.run(old) == 0
+    finished = cli.with_flags(said(capfd))
+    assert "is finished already; to train on from its end" in finished and "more --train.steps" in finished
+    assert follow(finished, tmp_path, *MORE).step == STEPS
+    shutil.copytree(run_dir(old), tmp_path / "old")
+    (tmp_path / "old" / "results.json").unlink()
+    mended = ("--data.train", str(write_data(tmp_path / "mended", (20, 30, 20))))
+    with pytest.raises(ValueError, match="was trained on other data") as error:
+        loop.run(cli.parse(["--config", str(tmp_path / "old" / "config.yaml"), "--runs_dir", str(tmp_path), *mended]))
+    assert follow(cli.with_flags(str(error.value)), tmp_path, *mended, *MORE).step == STEPS

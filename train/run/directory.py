@@ -91,7 +91,8 @@ def onward(run_dir: Path, other_towers: bool = False) -> str:
         return ""
     if other_towers:
         return f", under which parent.take weights, parent.run {run_dir} starts from those towers of that run that fit"
-    return f", under which parent.run {run_dir} starts from where that run has come"
+    longer = ", with more train.steps" if read_results(run_dir) else ""
+    return f", under which parent.run {run_dir} starts from where that run has come{longer}"
 
 
 def conflict_with(run_dir: Path, config: RunConfig) -> str:
