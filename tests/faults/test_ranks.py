@@ -25,7 +25,6 @@ from train.run.signals import EXIT_PREEMPTED, SIGNALS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS = 24
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
 TIMEOUT = 20
 """DUET_TIMEOUT, in seconds, where it is to be heeded."""
 SECONDS = 600
@@ -196,14 +195,27 @@ def test_case_04_a_second_term_and_a_kill_one_second_after_a_term(tmp_path, reco
     record_property("tries", count)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_case_14_a_rank_killed_or_stopped_ends_the_others_in_time(engine, fault, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DUET_TIMEOUT", str(TIMEOUT))
-    config = prepare(tmp_path, workers=1)
+FAULTS = pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+
+
+def endless(directory: Path) -> RunConfig:
+    config = prepare(directory, workers=1)
     config.train.steps = 10_000
-    with started(config, tmp_path, engine) as process:
-        running.wait_for_step(config, 4, process, SECONDS)
+    return config
+
+
+def assert_named(config: RunConfig, said: str, lost: psutil.Process) -> None:
+    """The rank that was stopped is named, and there are the stacks of the one that waited for it."""
+    assert f"pid {lost.pid}) is stopped; it was " in said
+    assert "train/loop.py" in (run_dir(config) / "stacks" / "rank_00000.txt").read_text()
+
+
+@FAULTS
+def test_case_14_a_rank_killed_or_stopped_ends_all_in_time(fault, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DUET_TIMEOUT", str(TIMEOUT))
+    config = endless(tmp_path)
+    with started(config, tmp_path, "ddp") as process:
+        running.wait_for_step(config, 4, process)
         everyone, found = family(process), ranks(process)
         assert sorted(found) == [0, 1] and all(loaders(rank) for rank in found.values())
         found[1].send_signal(fault)
@@ -212,8 +224,27 @@ def test_case_14_a_rank_killed_or_stopped_ends_the_others_in_time(engine, fault,
         assert not gone([found[0]], TIMEOUT + 15), f"rank 0 is still there after {time.monotonic() - began:.0f} s"
         assert process.wait(timeout=60) != 0
         assert not gone(everyone, 10)
-    said = (tmp_path / "run.log").read_text()
     if fault == signal.SIGSTOP:
-        assert f"pid {found[1].pid}) is stopped; it was " in said
-        assert "train/loop.py" in (run_dir(config) / "stacks" / "rank_00000.txt").read_text()
+        assert_named(config, (tmp_path / "run.log").read_text(), found[1])
+    assert checkpoint.newest(run_dir(config)) is not None
+
+
+@FAULTS
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_case_14_the_others_need_nobody_to_tell_them(fault, engine, tmp_path, monkeypatch) -> None:
+    """As on another host, where no launcher sees that a rank is gone."""
+    monkeypatch.setenv("DUET_TIMEOUT", str(TIMEOUT))
+    config = endless(tmp_path)
+    with forked(config, tmp_path, engine) as run:
+        running.wait_for_step(config, 4, run)
+        found = [psutil.Process(process.pid) for process in run.processes]
+        readers = [reader for rank in found for reader in rank.children()]
+        assert len(readers) == 2
+        found[1].send_signal(fault)
+        assert not gone([found[0]], TIMEOUT + 15)
+        found[1].kill()
+        assert run.wait(SECONDS) == [1, -signal.SIGKILL]
+        assert not gone(readers, 10)
+    if fault == signal.SIGSTOP:
+        assert_named(config, (tmp_path / "run.log").read_text(), found[1])
     assert checkpoint.newest(run_dir(config)) is not None

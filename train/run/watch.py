@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -31,8 +32,12 @@ HEED_BEATS = 3
 PATIENCE = 0.75
 """Of the time limit of collectives: what a rank has for its data before it is said that it hangs, and not that it is
 lost; then all ranks can still save."""
+STUCK = 0.9
+"""Of the same limit: stacks of what takes so long are written."""
 FULL = 0.97
 """Share of the memory that is used, from which on a warning is due."""
+AGAIN = 0.9
+"""Share under which it has to fall for another one."""
 
 
 class Watch:
@@ -54,6 +59,7 @@ class Watch:
         self._closed = threading.Event()
         self.now("starting")
         self._write()
+        self._arm()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -63,10 +69,8 @@ class Watch:
         return str(self._path(self.rank, "_loader.txt"))
 
     def now(self, doing: str) -> None:
-        """What this rank does from now on; if for longer than the limit, its stacks are written."""
-        self.doing = doing
-        # By a thread in C, which needs no interpreter lock.
-        faulthandler.dump_traceback_later(0.9 * self.limit, file=self._stacks)
+        """What this rank does from now on; if for nearly as long as the limit, its stacks are written."""
+        self.doing, self._due = doing, time.monotonic() + STUCK * self.limit
 
     def suspects(self) -> str:
         """Which ranks do not say any more that they live, and what the others do; for a rank that has lost them."""
@@ -83,9 +87,9 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching; leaves no file but stacks that were written."""
-        faulthandler.cancel_dump_traceback_later()
         self._closed.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         with suppress(OSError):
             self._beat.unlink(missing_ok=True)
@@ -103,14 +107,28 @@ class Watch:
         self.close()
 
     def _watch(self) -> None:
-        waiting = 0
-        while not self._closed.wait(BEAT_SECONDS):
+        waiting, beat = 0, time.monotonic() + BEAT_SECONDS
+        while not self._closed.wait(max(0.0, min(beat, self._due) - time.monotonic())):
+            if time.monotonic() >= self._due:
+                self._due = math.inf
+                faulthandler.dump_traceback(self._stacks)
+            if time.monotonic() < beat:
+                continue
+            beat = time.monotonic() + BEAT_SECONDS
+            self._arm()
             with suppress(OSError):  # a full disk is told by what matters
                 self._write()
             self._warn()
             waiting += bool(self.stop.name)
             if waiting == HEED_BEATS:
                 faulthandler.dump_traceback(self._stacks)
+
+    def _arm(self) -> None:
+        """Have the stacks written by a thread in C where this one cannot run, since something keeps Python's lock.
+
+        Nowhere else: the stack of a thread that runs meanwhile changes while it is read, and that may crash it.
+        """
+        faulthandler.dump_traceback_later(STUCK * self.limit + BEAT_SECONDS, file=self._stacks)
 
     def _write(self) -> None:
         said = {"host": socket.gethostname(), "pid": os.getpid(), "doing": self.doing}
@@ -120,7 +138,7 @@ class Watch:
         """Say once that memory runs out, and who has it: the kernel kills without a word."""
         used, whole = memory()
         if used < FULL * whole or self._full:
-            self._full = used >= 0.9 * whole
+            self._full = self._full and used >= AGAIN * whole
             return
         self._full = True
         own = psutil.Process()
