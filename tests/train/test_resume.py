@@ -169,13 +169,25 @@ def test_other_data_is_refused_and_leaves_the_configuration_as_it_was(copied, tm
 
 
 @pytest.mark.slow
-def test_a_compiled_model_saves_and_resumes_under_the_names_of_the_plain_one(copied, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-    command = running.command(copied, Path(copied.runs_dir).parent)
-    start_in(ROOT, command)
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
-    weights = checkpoint.load_part(checkpoint.newest(run_dir(copied)), "model")
-    assert set(weights) == set(load_model(run_dir(copied))[0].state_dict())
+@pytest.mark.parametrize("by", ["variable", "file"])
+def test_a_compiled_model_saves_and_resumes_under_the_names_of_the_plain_one(copied, monkeypatch, by: str) -> None:
+    directory = Path(copied.runs_dir).parent
+    if by == "variable":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+        start_in(ROOT, running.command(copied, directory))
+        monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    else:
+        command = running.command(copied, directory, engine="ddp", processes=2)
+        with (directory / "accelerate_ddp.yaml").open("a") as file:
+            file.write("dynamo_config: {dynamo_backend: EAGER}\n")
+        start_in(ROOT, command)
+    newest = checkpoint.newest(run_dir(copied))
+    model, _ = load_model(run_dir(copied))
+    assert set(checkpoint.load_part(newest, "model")) == set(model.state_dict())
+    learned = {name for name, _ in model.named_parameters()}
+    assert learned <= set(checkpoint.load_part(newest, "ema"))
+    moments = {f"{name}.{key}" for name in learned for key in ("exp_avg", "exp_avg_sq")}
+    assert set(checkpoint.load_part(newest, "optimizer")) == moments
 
 
 def test_a_signal_saves_before_what_is_due_is_evaluated_and_resuming_makes_up_for_it(tmp_path) -> None:
