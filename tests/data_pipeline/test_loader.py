@@ -210,17 +210,27 @@ def test_case_10_data_without_a_good_sample_stop_the_run(tmp_path: Path, tokeniz
         list(load([manifest], tokenizer, settings(workers)))
 
 
-def test_a_shard_without_a_good_sample_takes_those_of_the_next_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "bad", "member", "expected"),
+    [
+        ((9, 1, 1, 9), (9, 10), {"png": b"bad", "txt": b"text"}, "train-000003.tar/11"),
+        ((9, 9, 1), (18,), {"png": b"bad", "txt": b"text"}, "train-000000.tar/0"),
+        ((9, 2, 9), (9, 10), {"png": tiny_image(1), "cls": b"7"}, "train-000002.tar/11"),  # good, but for training
+    ],
+)
+def test_a_shard_without_a_good_sample_takes_those_of_the_next_one(
+    tmp_path: Path, tokenizer: Tokenizer, sizes, bad, member, expected
+) -> None:
     """Shards of one sample, as a pack by bytes may end, are no reason to stop at half a percent of bad samples."""
 
     def sample(number: int) -> tuple[str, dict[str, bytes]]:
-        return f"{number}", {"png": b"bad" if number in (9, 10) else tiny_image(number), "txt": b"text"}
+        return f"{number}", member if number in bad else {"png": tiny_image(number), "txt": b"text"}
 
-    manifest = load_manifest(write_shards(tmp_path, (9, 1, 1, 9), sample))
+    manifest = load_manifest(write_shards(tmp_path, sizes, sample))
     for workers, world in ((0, 1), (2, 2)):
         seen = all_ranks([manifest], tokenizer, settings(workers), world)
-        records = {record["shard"]: record["replaced_by"] for item in seen for record in item.bad}
-        assert records == dict.fromkeys(("train-000001.tar", "train-000002.tar"), "train-000003.tar/11")
+        records = {record["key"]: record["replaced_by"] for item in seen for record in item.bad}
+        assert records == dict.fromkeys(map(str, bad), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

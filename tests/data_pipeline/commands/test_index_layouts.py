@@ -69,6 +69,13 @@ def test_a_shard_without_a_good_sample_is_foretold(tmp_path, capsys, good, hopel
     assert ("1 shards have no sample to train with" in capsys.readouterr().out) is bool(hopeless)
 
 
+def test_a_shard_of_bad_samples_and_of_others_without_captions_is_foretold(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [("a.png", b"bad"), ("a.txt", b"text"), ("b.png", tiny_image(1)), ("b.cls", b"1")])
+    write_tar(tmp_path / "b.tar", [("b.png", tiny_image(1)), ("b.txt", b"text")])
+    assert index(tmp_path) == 0
+    assert "1 shards have no sample to train with" in capsys.readouterr().out
+
+
 def test_a_classification_set_without_captions_is_not_bad(tmp_path, capsys):
     members = [
         (f"s{number:07d}.{extension}", data)

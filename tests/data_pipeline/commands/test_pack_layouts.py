@@ -101,6 +101,30 @@ def test_rows_of_one_image_are_one_sample_wherever_they_are(tmp_path):
     assert load_manifest(tmp_path / "out").statistics["duplicates"]["image"] == 0
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "struct", "key"])
+def test_rows_of_one_image_are_one_sample_in_any_table(tmp_path, kind):
+    for image in range(2):
+        picture(tmp_path / f"{image}.jpg", image)
+    names = ["0.jpg", "1.jpg", "./0.jpg"]
+    rows = [{"image": name, "caption": f"no. {row}", "id": f"k{row % 2}"} for row, name in enumerate(names)]
+    if kind == "struct":  # as `datasets` writes images that are not embedded
+        rows = [row | {"image": {"bytes": None, "path": row["image"]}} for row in rows]
+    table = tmp_path / ("t.jsonl" if kind == "jsonl" else "t.parquet")
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        parquet.write_table(arrow.Table.from_pylist(rows), table)
+    flags = ["--key-column", "id"] if kind == "key" else []
+    assert packed(table, tmp_path / "out", *flags) == [["no. 0", "no. 2"], ["no. 1"]]
+
+
+def test_embedded_images_that_are_equal_and_no_neighbours_are_counted(tmp_path, capsys):
+    images = [tiny_image(number, kind="jpeg") for number in (0, 1, 0)]
+    parquet.write_table(arrow.table({"image": images, "caption": ["a", "b", "c"]}), tmp_path / "t.parquet")
+    assert packed(tmp_path / "t.parquet", tmp_path / "out") == [["a"], ["b"], ["c"]]
+    assert "1 have the same image as another one, each with captions of its own" in capsys.readouterr().out
+
+
 def test_a_row_that_cannot_be_used_between_those_of_an_image(tmp_path):
     for image in range(2):
         picture(tmp_path / f"{image}.jpg", image)

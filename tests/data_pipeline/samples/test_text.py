@@ -50,6 +50,8 @@ def described(**content: object) -> bytes:
         ({"txt": b"a\nb\r\n\nc\n"}, ["a b c"]),
         ({"txt": b"a\nb\r\n\nc\n", "__captions__": "lines"}, ["a", "b", "c"]),
         ({"json": described(caption="a\nb"), "__captions__": "lines"}, ["a", "b"]),
+        ({"json": described(captions=["a\nb", "c"]), "__captions__": "lines"}, ["a", "b", "c"]),
+        ({"txt": "\ufeffa\rb\u2028c".encode(), "__captions__": "lines"}, ["a", "b c"]),
     ],
 )
 def test_captions(raw: dict, expected: list[str]) -> None:
