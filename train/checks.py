@@ -14,7 +14,7 @@ from data_pipeline.samples.transforms import eval_transform, train_transform
 from data_pipeline.stages.slots import check_batch
 from train import terms
 from train.cli import flatten
-from train.config import RunConfig, TrainConfig
+from train.config import ModelConfig, RunConfig, TrainConfig
 from train.evaluation.best import check_best
 from train.evaluation.suite import NO_HELD_OUT, check_tasks
 
@@ -126,9 +126,10 @@ def check_temperature(config: RunConfig) -> None:
     """Raises ValueError where the logit scale would start outside of the range in which it is kept from then on."""
     model, least = config.model, 1 / config.model.max_logit_scale
     if config.loss.kind == "softmax" and not least <= model.temperature <= 1:
+        inside = max(math.ceil(least * 100) / 100, ModelConfig.temperature)
         raise ValueError(
             f"model.temperature {model.temperature}: the run keeps it from {least:g}, which is 1 / "
-            "model.max_logit_scale, to 1; start it in there, such as at 0.07"
+            f"model.max_logit_scale, to 1; start it in there, such as at {inside:g}"
         )
 
 

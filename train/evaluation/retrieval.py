@@ -175,6 +175,6 @@ def check_finite(tower: str, features_ND: Tensor) -> None:
     bad = int((~torch.isfinite(features_ND)).any(-1).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {len(features_ND)} {tower} features are not finite: the weights have diverged; go back to an "
-            "earlier checkpoint, or train with a smaller optim.lr"
+            f"{bad} of {len(features_ND)} {tower} features are not finite: the weights have diverged; start from an "
+            "earlier checkpoint, by parent.run and parent.step, with a smaller optim.lr"
         )

@@ -147,7 +147,7 @@ class Watch:
             print(
                 f"warning: {used / 1e9:.1f} of {whole / 1e9:.1f} GB of memory are used: rank {self.rank} has "
                 f"{own.memory_info().rss / 1e9:.1f} GB, its loader processes {loaders / 1e9:.1f} GB. Where it runs "
-                "out, the kernel kills one; lower data.workers or data.prefetch, or train.micro_batch",
+                "out, the kernel kills one: lower data.workers or data.prefetch, which may differ when a run resumes",
                 file=sys.stderr,
                 flush=True,
             )
