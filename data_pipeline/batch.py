@@ -30,7 +30,21 @@ class _Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]):
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        moved = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        inner = {name: value._map(change) for name, value in values.items() if isinstance(value, _Batch)}
+        return replace(self, **moved, **inner)
+
+
+@dataclass
+class Recoloring(_Batch):
+    """How the colours of some images of a batch are to change: samples.colors draws it, and applies it."""
+
+    rows_R: Tensor
+    """int64: which images change."""
+    changes_RP: Tensor
+    """float32: for each of them the numbers that say how."""
+    turns: bool
+    """Whether the hue of one of them is turned."""
 
 
 @dataclass
@@ -38,7 +52,7 @@ class MicroBatch(_Batch):
     """The unit of training: everything that depends on neighbours depends on these rows alone."""
 
     images_BCHW: Tensor
-    """uint8, 0 to 255, RGB."""
+    """uint8, 0 to 255, RGB; without their colour jitter while `colors` is set: `recolored` applies it."""
     ids_BL: Tensor
     """int64 token ids, padded to the longest caption of these rows rounded up to 8."""
     mask_BL: Tensor
@@ -67,6 +81,10 @@ class MicroBatch(_Batch):
     """`ids_BL` with some words hidden; where Extras ask for it."""
     targets_BL: Tensor | None = None
     """int64: the hidden words, masking.UNMASKED elsewhere."""
+    colors: Recoloring | None = None
+    """Colour jitter and grayscale of `images_BCHW`, to be applied on the device by `recolored`; None for none."""
+    view_colors: Recoloring | None = None
+    """The same of `views_BCHW`."""
 
 
 @dataclass

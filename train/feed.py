@@ -10,6 +10,7 @@ import torch
 from data_pipeline.config import Source
 from data_pipeline.loader import Extras, LoaderFailure, MicroBatch, Patience, stream_loader, train_loader
 from data_pipeline.order import Mixture, Moved, Order, build_order, order_identity
+from data_pipeline.samples.colors import recolored
 from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.redaction import redact_urls
@@ -111,7 +112,7 @@ def fetch(
     error: BaseException | None = None
     try:
         with stop.at_once(at_once):
-            own = [next(batches).to(device, non_blocking=True) for _ in range(share)]
+            own = [recolored(next(batches).to(device, non_blocking=True)) for _ in range(share)]
     except (Exception, Interrupted) as caught:  # whatever it is, the other ranks must hear of it
         error = caught
     trouble = 0 if error is None else 1 if isinstance(error, Interrupted) else 2

@@ -1,4 +1,4 @@
-"""Augmentation policies, and the operations on pixels and colours that they are made of.
+"""Augmentation policies, and the operations on images that they are made of; those on colours are in `colors`.
 
 Every operation draws from the random.Random that it is given, so that a sample looks the same wherever it is made.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -77,36 +75,6 @@ def resolve_augment(given: AugmentConfig) -> Augmentation:
             f"the hue at most 0.5"
         )
     return config
-
-
-def color_jitter(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
-    """Change brightness, contrast, saturation and hue by up to `strength`, in random order."""
-    brightness, contrast, saturation, hue = strength
-    changes: list[Callable[[Image.Image], Image.Image]] = []
-    for kind, width in (
-        (ImageEnhance.Brightness, brightness),
-        (ImageEnhance.Contrast, contrast),
-        (ImageEnhance.Color, saturation),
-    ):
-        if width:
-            changes.append(partial(_enhance, kind=kind, factor=rng.uniform(max(0.0, 1 - width), 1 + width)))
-    if hue:
-        changes.append(partial(shift_hue, turn=round(rng.uniform(-hue, hue) * 256)))
-    rng.shuffle(changes)
-    for change in changes:
-        image = change(image)
-    return image
-
-
-def _enhance(image: Image.Image, kind: Callable[[Image.Image], Any], factor: float) -> Image.Image:
-    return kind(image).enhance(factor)
-
-
-def shift_hue(image: Image.Image, turn: int) -> Image.Image:
-    """Turn the hue of every pixel by `turn` of 256 parts of the circle."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point([(level + turn) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def rotate(image: Image.Image, degrees: float, background: RGB) -> Image.Image:

@@ -1,4 +1,5 @@
-"""Image bytes -> uint8 tensor [3, H, W]: crop, resize, augment; scaling and normalization happen on the device.
+"""Image bytes -> uint8 tensor [3, H, W]: crop, resize, augment; scaling, normalization, and in training the changes of
+colours, happen on the device.
 
 Tensors are views of rows of RGB pixels: channels_last, which is what the image tower wants.
 """
@@ -15,7 +16,8 @@ from torch.nn import functional
 
 from data_pipeline.config import DataConfig
 from data_pipeline.samples import jpeg
-from data_pipeline.samples.augment import POLICIES, color_jitter, rand_augment, resolve_augment, rotate
+from data_pipeline.samples.augment import POLICIES, rand_augment, resolve_augment, rotate
+from data_pipeline.samples.colors import draw_change, gathered, recolor
 from data_pipeline.samples.image import (
     RGB,
     Crop,
@@ -72,6 +74,12 @@ class TrainTransform:
 
     def __call__(self, source: bytes | Image.Image, rng: random.Random) -> Tensor:
         """Raises BadSample where the image cannot be used."""
+        image_CHW, change = self.drawn(source, rng)
+        colors = gathered([change])
+        return image_CHW if colors is None else recolor(image_CHW[None], colors)[0]
+
+    def drawn(self, source: bytes | Image.Image, rng: random.Random) -> tuple[Tensor, np.ndarray | None]:
+        """The image without its colour jitter, and that jitter, for `samples.colors`. Raises as when called."""
         augment, background = self.augment, self.background
         image = source if isinstance(source, Image.Image) else open_image(source, self.max_pixels)
         crop = random_crop(*oriented_size(image), augment.scale, augment.ratio, rng)
@@ -80,18 +88,14 @@ class TrainTransform:
             region_HWC = region_HWC.flip(1)
         jitter = any(augment.jitter) and rng.random() < augment.jitter_probability
         gray = rng.random() < augment.grayscale
-        if augment.rotation or augment.rand_ops or jitter or gray:
+        if augment.rotation or augment.rand_ops:
             image = Image.fromarray(region_HWC.numpy())
             if augment.rotation:
                 image = rotate(image, rng.uniform(-augment.rotation, augment.rotation), background)
             if augment.rand_ops:
                 image = rand_augment(image, augment.rand_ops, augment.rand_magnitude, background, rng)
-            if jitter:
-                image = color_jitter(image, augment.jitter, rng)
-            if gray:
-                image = image.convert("L").convert("RGB")
             region_HWC = torch.from_numpy(np.array(image))
-        return region_HWC.permute(2, 0, 1)
+        return region_HWC.permute(2, 0, 1), draw_change(augment, jitter, gray, rng)
 
 
 def resized_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> Tensor:

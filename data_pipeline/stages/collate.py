@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from data_pipeline.batch import MicroBatch
+from data_pipeline.samples.colors import gathered
 from data_pipeline.samples.masking import Masking
 from data_pipeline.seeds import hash63
 from data_pipeline.stages.decode import Extras
@@ -44,6 +45,8 @@ class Collate:
             views_BCHW=stacked([sample["view"] for sample in samples]) if self.extras.second_view else None,
             masked_BL=masked_BL,
             targets_BL=targets_BL,
+            colors=gathered([sample["colors"] for sample in samples]),
+            view_colors=gathered([sample["view_colors"] for sample in samples]) if self.extras.second_view else None,
         )
 
 

@@ -1,7 +1,8 @@
 """Raw sample -> decoded sample, bad ones replaced; then the stages that users add.
 
 Between stages a sample is a dict, as everywhere in webdataset: "__key__", then "image" (uint8 tensor [3, H, W]),
-"caption" (str), "cls" (str or None), "rng" (the sample's random.Random), and under SLOT its place in the batch.
+"caption" (str), "cls" (str or None), "rng" (the sample's random.Random), "colors" (how the image's colours are changed
+later, on the device, or None), and under SLOT its place in the batch.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ class Decode:
         """The decoded sample, which takes the slot. Raises BadSample."""
         data, captions, label = split(raw)
         rng = random.Random(slot.seed)
-        image = self.transform(data, rng)
+        image, colors = self.transform.drawn(data, rng)
         caption = pick_caption(captions, self.caption, rng)
         slot.take(raw)
         sample = {"__key__": raw["__key__"], SLOT: slot, "image": image, "caption": caption, "cls": label, "rng": rng}
+        sample["colors"] = colors
         if self.extras.second_view:
             # A seed of its own: the first view and the caption are those of a run without.
-            sample["view"] = self.transform(data, random.Random(view_seed(slot.seed)))
+            view_rng = random.Random(view_seed(slot.seed))
+            sample["view"], sample["view_colors"] = self.transform.drawn(data, view_rng)
         return sample
 
 
@@ -105,4 +108,5 @@ class UserStage:
                 f"stage {what} gave back {type(changed).__name__} for {slot.name}: it must give back the sample, a "
                 f"dict with image and caption (a stage cannot drop samples: micro-batches never shrink)"
             )
-        return {**changed, SLOT: slot}
+        kept = {name: sample[name] for name in ("colors", "view_colors") if name in sample}
+        return {**kept, **changed, SLOT: slot}

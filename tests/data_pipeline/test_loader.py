@@ -374,3 +374,14 @@ def test_batches_move_with_all_their_tensors(manifest: Manifest, tokenizer: Toke
     assert {moved.image_ids_B.device.type, moved.text_ids_B.device.type} == {"meta"}
     assert (moved.keys, moved.step, moved.index) == (batch.keys, batch.step, batch.index)
     assert batch.images_BCHW.device.type == "cpu"
+
+
+def test_a_stage_that_makes_a_sample_of_its_own_keeps_the_colours_that_are_drawn(
+    manifest: Manifest, tokenizer: Tokenizer
+) -> None:
+    def copied(sample: dict) -> dict:
+        return {"image": sample["image"].clone(), "caption": sample["caption"]}
+
+    plain, seen = (list(load([manifest], tokenizer, stages=stages)) for stages in ((), (copied,)))
+    assert_equal(seen, plain)
+    assert sum(len(batch.colors.rows_R) for batch in seen if batch.colors) > len(seen)

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.config import AugmentConfig, CaptionConfig, DataConfig
 from data_pipeline.loader import MicroBatch
+from data_pipeline.samples.colors import recolored
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from tests.support.pictures import tiny_image
 from tests.support.tars import write_shards
@@ -26,7 +27,7 @@ def settings(workers: int = 0, **options: object) -> DataConfig:
 
 def assert_equal(seen: Sequence[MicroBatch], expected: Sequence[MicroBatch]) -> None:
     """Bit for bit."""
-    for ours, plain in zip(seen, expected, strict=True):
+    for ours, plain in zip(map(recolored, seen), map(recolored, expected), strict=True):
         assert (ours.step, ours.index, ours.keys) == (plain.step, plain.index, plain.keys)
         assert torch.equal(ours.images_BCHW, plain.images_BCHW) and ours.images_BCHW.dtype == torch.uint8
         assert torch.equal(ours.ids_BL, plain.ids_BL) and torch.equal(ours.mask_BL, plain.mask_BL)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline import DataConfig, MicroBatch, Tokenizer, build_order, load_manifest, train_loader
+from data_pipeline import DataConfig, MicroBatch, Tokenizer, build_order, load_manifest, recolored, train_loader
 from train import loss_gradients
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS, SEED = 32, 8, 10, 0
@@ -49,7 +49,7 @@ def main(data: str, tokenizer_name: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     micro_batches = iter(loader)
     for step in range(STEPS):
-        parts = [next(micro_batches) for _ in range(GLOBAL_BATCH // MICRO_BATCH // world)]
+        parts = [recolored(next(micro_batches)) for _ in range(GLOBAL_BATCH // MICRO_BATCH // world)]
         with torch.no_grad():
             outputs = [model(part) for part in parts]
         losses, gradients = loss_gradients(outputs)  # over the rows of all ranks

@@ -43,7 +43,7 @@ def decode(policy: str, images: list[bytes], seconds: float) -> tuple[int, float
     """How many images in how many seconds."""
     torch.set_num_threads(1)
     config = DataConfig(augment=AugmentConfig(policy=policy))  # type: ignore[arg-type]
-    transform, rng = train_transform(config), random.Random(0)
+    transform, rng = train_transform(config).drawn, random.Random(0)  # what loaders do
     transform(images[0], rng)
     began, count = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < seconds:

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.samples.augment import POLICIES, color_jitter, rand_augment, resolve_augment, shift_hue
+from data_pipeline.samples.augment import POLICIES, rand_augment, resolve_augment
 from data_pipeline.samples.image import BadSample, centre_crop, load_region, random_crop
 from data_pipeline.samples.transforms import eval_transform, resize, train_transform
 
@@ -177,32 +177,6 @@ def test_rotation_fills_with_the_background() -> None:
         assert tuple(seen[:, 16, 16].tolist()) == (0, 200, 0)
         corners.append(tuple(seen[:, 0, 0].tolist()))
     assert corners.count(BLUE) > 25
-
-
-def plain_jitter(image: Image.Image, part: int, factor: float) -> np.ndarray:
-    """Brightness, contrast and saturation by their definition: a mixture with black, the mean grey, the grey."""
-    pixels = np.asarray(image, np.float64)
-    grey = np.asarray(image.convert("L"), np.float64)
-    other = [np.zeros_like(pixels), np.full_like(pixels, round(grey.mean())), np.repeat(grey[..., None], 3, 2)][part]
-    return np.clip(other + factor * (pixels - other), 0, 255)
-
-
-@pytest.mark.parametrize("part", range(3))
-def test_jitter_is_brightness_contrast_and_saturation(part: int) -> None:
-    image = picture(24, 24)
-    strength = [0.0, 0.0, 0.0, 0.0]
-    strength[part] = 0.5
-    for seed in range(20):
-        seen = np.asarray(color_jitter(image, tuple(strength), random.Random(seed)), np.float64)
-        factor = random.Random(seed).uniform(0.5, 1.5)
-        assert np.abs(seen - plain_jitter(image, part, factor)).max() <= 1.01
-
-
-def test_hue_turns_the_circle_of_colours() -> None:
-    red = Image.new("RGB", (1, 1), (255, 0, 0))
-    third = np.asarray(shift_hue(red, 85))[0, 0].astype(int)
-    assert np.abs(third - (0, 255, 0)).max() < 8
-    assert np.abs(np.asarray(shift_hue(shift_hue(red, 100), -100))[0, 0].astype(int) - (255, 0, 0)).max() < 8
 
 
 def test_rand_augment_applies_all_its_operations() -> None:
