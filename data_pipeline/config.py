@@ -104,10 +104,11 @@ class DataConfig:
     """Largest image in pixels (width x height) that is decoded; a larger one counts as bad."""
     max_bad_fraction: float = machine(0.01)
     """Share of bad samples over which the run stops."""
-    workers: int = machine(1)
-    """Loader processes per training process; 0 loads in the training process."""
+    workers: int | None = machine(None)
+    """Loader processes per training process; 0 loads in the training process; null: one, or on a GPU as many as each
+    process has cores, but one, up to 16."""
     prefetch: int = machine(4)
-    """Micro-batches that each loader process prepares ahead."""
+    """Micro-batches that each loader process prepares ahead, at least; all of them together prepare two steps."""
     cache_dir: str = machine("")
     """Directory of the node-local cache for remote shards; empty: ~/.cache/duet."""
     cache_gb: float = machine(100.0)

@@ -22,9 +22,9 @@ from data_pipeline.stages.collate import Collate
 from data_pipeline.stages.decode import Decode, DecodeOrReplace, Extras, UserStage
 from data_pipeline.stages.evaluation import EvalSource
 from data_pipeline.stages.readers import IndexedSource, RawReader, Readers
-from data_pipeline.stages.slots import share_of
+from data_pipeline.stages.slots import Share, share_of
 from data_pipeline.stages.stream import StreamDecode, StreamSource
-from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader
+from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, number_of_workers
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 NO_EXTRAS, FOR_EVER = Extras(), Patience()
+STEPS_AHEAD = 2
+"""Steps whose micro-batches are prepared ahead, so that the next ones are ready when a step is done, whatever a step's
+share is."""
 
 
 def train_loader(
@@ -66,7 +69,8 @@ def train_loader(
     k = order.batch / (micro_batch W): the same rows, bit for bit, for any number of ranks and loader processes, and
     wherever `start_step` is.
     stages: callables that take and give back a decoded sample: a dict with "image" (uint8 tensor [3, H, W]), "caption"
-    (str), "__key__", "cls", and "rng", the random.Random to draw from.
+    (str), "__key__", "cls", and "rng", the random.Random to draw from. Where "colors" is not None, colour jitter is
+    still to come: see MicroBatch.colors.
     extras: second views and hidden words, by seeds of their own: all else is as without them.
     patience: how long is waited for a micro-batch; where its loader process hangs or dies, LoaderFailure is raised.
     Raises ValueError where the batch cannot be shared out; while iterating, for a shard that is not the manifest's.
@@ -76,7 +80,7 @@ def train_loader(
     return _pipeline(
         config,
         Collate(tokenizer, extras),
-        micro_batch,
+        share,
         stages,
         patience,
         IndexedSource(readers, order, share, seed),
@@ -108,23 +112,24 @@ def stream_loader(
     if not isinstance(config.train, str):
         raise ValueError("data.train: stream mode reads one pattern of shards, not a list of sources")
     urls = expand([config.train])
-    processes = world * max(config.workers, 1)
+    workers = number_of_workers(config.workers)
+    processes = world * max(workers, 1)
     if len(urls) < processes:
         raise ValueError(
             f"data.train {config.train} has {len(urls)} shards for {processes} loader processes ({world} ranks with "
-            f"data.workers {config.workers}), and each needs shards of its own: lower data.workers, or use "
+            f"data.workers {workers}), and each needs shards of its own: lower data.workers, or use "
             f"data.mode indexed"
         )
     share = share_of(rank, world, global_batch, micro_batch, start_step, stop_step)
     source = StreamSource(urls, stream_seed(seed, start_step), rank, world)
     decode = StreamDecode(Decode(config, extras), share, source.seed)
-    return _pipeline(config, Collate(tokenizer, extras), micro_batch, stages, patience, source, decode)
+    return _pipeline(config, Collate(tokenizer, extras), share, stages, patience, source, decode)
 
 
 def _pipeline(
     config: DataConfig,
     collate: Collate,
-    micro_batch: int,
+    share: Share,
     stages: Sequence[Callable],
     patience: Patience,
     *decoded: Callable,
@@ -133,9 +138,10 @@ def _pipeline(
     pipeline = webdataset.DataPipeline(
         *decoded,
         *[webdataset.map(UserStage(stage)) for stage in stages],
-        webdataset.batched(micro_batch, collation_fn=collate, partial=False),
+        webdataset.batched(share.micro_batch, collation_fn=collate, partial=False),
     )
-    return WorkerLoader(pipeline, workers=config.workers, prefetch=config.prefetch, patience=patience)
+    ahead = STEPS_AHEAD * share.count
+    return WorkerLoader(pipeline, workers=config.workers, prefetch=config.prefetch, ahead=ahead, patience=patience)
 
 
 def eval_loader(

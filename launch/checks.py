@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from launch.findings import Finding, fail, ok, warn
-from launch.memory import GB, RESERVE, plan
+from launch.memory import GB, RESERVE, loader_bytes, plan
 from train import distributed
 from train.config import RunConfig
 
@@ -181,8 +181,8 @@ def shared_files(config: RunConfig) -> list[Finding]:
     return [ok("runs directory", text)]
 
 
-def host() -> list[Finding]:
-    """Ports and shared memory of this host."""
+def host(config: RunConfig) -> list[Finding]:
+    """Ports of this host, and its shared memory beside what the run's loaders take of it."""
     found = []
     port = int(os.environ.get("MASTER_PORT", "29500"))
     if "MASTER_PORT" in os.environ:
@@ -193,6 +193,13 @@ def host() -> list[Finding]:
         used = warn("rendezvous", f"port {port} is taken on this host", "give --port another one")
         found.append(used if taken else ok("rendezvous", f"port {port} is free on this host"))
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    small = warn("shared memory", f"/dev/shm {shared / GB:.1f} GB", "docker: --ipc host or --shm-size 8g")
-    found.append(small if shared < GB else ok("shared memory", f"/dev/shm {shared / GB:.1f} GB"))
-    return found
+    # As in `memory`: alone it speaks for a rank on every GPU.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(max(1, torch.cuda.device_count()))))
+    world = distributed.world_size() if "RANK" in os.environ else local
+    needed = loader_bytes(config, world, local)
+    text = f"/dev/shm {shared / GB:.1f} GB; loaders of {local} rank(s) take up to {needed / GB:.2f} GB"
+    if shared < max(GB, RESERVE * needed):
+        size = max(8, -(-RESERVE * needed // GB))
+        remedy = f"docker: --ipc host or --shm-size {size:.0f}g; or fewer --data.workers, a smaller --data.prefetch"
+        return [*found, warn("shared memory", text, remedy)]
+    return [*found, ok("shared memory", text)]

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         *examine("collectives", checks.collectives),
         *examine("clock skew", checks.clocks),
         *examine("runs directory", lambda: checks.shared_files(config)),
-        *examine("host", checks.host),
+        *examine("host", lambda: checks.host(config)),
         *examine("pretrained weights", lambda: inputs.weights(config)),
         *examine("data", lambda: inputs.data(config)),
         *examine("held-out data", lambda: inputs.held_out(config)),

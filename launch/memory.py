@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from data_pipeline.loader import STEPS_AHEAD, Extras
 from data_pipeline.stages.slots import check_batch
+from data_pipeline.stages.workers import number_of_workers, prepared
+from train import terms
 from train.config import RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
@@ -87,6 +90,15 @@ def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:
     rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
     columns = min(tile, batch) if config.loss.rows == "tiled" else batch
     return features + 3 * rows * columns * 4
+
+
+def loader_bytes(config: RunConfig, world: int, local: int) -> int:
+    """Shared memory of a host that the loaders of its `local` ranks fill with images: all that they prepare ahead."""
+    workers = number_of_workers(config.data.workers)
+    count = config.train.global_batch // (config.train.micro_batch * world)
+    images = config.train.micro_batch * (2 if Extras(**terms.extras(config.model)).second_view else 1)
+    micro_batches = local * prepared(workers, config.data.prefetch, STEPS_AHEAD * count)
+    return micro_batches * images * 3 * config.data.image_size**2
 
 
 def _forward(model: PairModel, rows: int, tokens: int, bf16: bool) -> tuple[int, dict[str, torch.Tensor]]:

@@ -28,6 +28,8 @@ HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else
 """Signals that do not end a loader process. macOS cannot tell who sent a TERM, so there a TERM does."""
 POLL_SECONDS = 1.0
 """How often it is seen, while waiting, whether all loader processes are alive and whether to wait on."""
+MOST_WORKERS = 16
+"""Loader processes per training process, where nobody has given a number: enough for the GPUs of today."""
 NOTE_BYTES = 1024
 _note: memoryview | None = None
 """Where this loader process writes what it is at."""
@@ -53,6 +55,29 @@ class Patience:
     """A file for the stacks of a loader process that hangs; empty for none."""
     remedy: str = ""
     """What the caller's user can do where the time was too short."""
+
+
+def number_of_workers(given: int | None) -> int:
+    """`data.workers`, or where that is null what suits this machine. What the loader makes is the same for any number.
+
+    Without a GPU one: the cores are for the towers, which are slower than it.
+    """
+    if given is not None:
+        return given
+    if not torch.cuda.is_available():
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers_for(cores, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def workers_for(cores: int, processes: int) -> int:
+    """Loader processes for each of the training processes that share so many cores of a host."""
+    return max(1, min(MOST_WORKERS, cores // processes - 1))
+
+
+def prepared(workers: int, prefetch: int, ahead: int) -> int:
+    """Items that `workers` processes prepare ahead, `prefetch` each, and at least `ahead` together; as many each."""
+    return workers * max(prefetch, -(-ahead // max(workers, 1)))
 
 
 def at(what: str) -> None:
@@ -121,7 +146,9 @@ def _end_with_parent(parent: int) -> None:
 
 
 class WorkerLoader:
-    """Iterates over a pipeline in `workers` processes, or in this one where that is 0.
+    """Iterates over a pipeline in `workers` processes, or in this one where that is 0; None: see number_of_workers.
+
+    prefetch, ahead: items that each process prepares ahead, and that all of them do together, at least.
 
     The pipeline is iterated once in each process; item i comes from process i % workers. An exception is raised here
     as it was there. When the iterator ends, is closed or is forgotten, its processes end; or, where they are to be
@@ -133,11 +160,13 @@ class WorkerLoader:
         self,
         pipeline: Iterable,
         *,
-        workers: int,
+        workers: int | None,
         prefetch: int,
+        ahead: int = 0,
         keep: bool = False,
         patience: Patience = Patience(),
     ):
+        workers = number_of_workers(workers)
         if workers < 0:
             raise ValueError(f"data.workers is {workers}: 0 (load in the training process) or more")
         if prefetch < 1:
@@ -148,7 +177,7 @@ class WorkerLoader:
             _Guarded(pipeline, self._board, patience.stacks),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
+            prefetch_factor=prepared(workers, prefetch, ahead) // workers if workers else None,
             worker_init_fn=_start,
             persistent_workers=keep and workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -226,3 +226,19 @@ def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
 def test_gpu_and_driver_are_reported_here():
     found = checks.devices()[0]
     assert found.status == ("ok" if torch.cuda.is_available() else "warn")
+
+
+def test_shared_memory_holds_all_that_the_loaders_prepare(monkeypatch):
+    config = RunConfig()
+    config.train.global_batch, config.train.micro_batch, config.data.workers = 32_768, 64, 8
+    image = 3 * 224 * 224
+    # 64 micro-batches per rank and step: two steps' are more than what 8 workers prepare with the least prefetch.
+    assert memory.loader_bytes(config, world=8, local=8) == 8 * (2 * 64) * 64 * image
+    config.train.global_batch, config.train.micro_batch = 512, 64
+    assert memory.loader_bytes(config, world=8, local=4) == 4 * (8 * config.data.prefetch) * 64 * image
+    config.data.workers = 0
+    assert memory.loader_bytes(config, world=8, local=8) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    config.data.workers, config.data.prefetch = 64, 400
+    found = checks.host(config)[-1]
+    assert found.status == "warn" and "loaders of 64 rank(s)" in found.measured and "--shm-size" in found.remedy

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from torch.utils.data import get_worker_info
 
-from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, at
+from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, at, prepared, workers_for
 
 
 class Pids:
@@ -68,3 +68,36 @@ def test_while_waiting_the_caller_may_give_up(tmp_path: Path) -> None:
         for pid in WorkerLoader(Pids("sleeps"), workers=1, prefetch=2, patience=Patience(check=check)):
             seen.append(pid)
     assert len(seen) == 2 and not psutil.pid_exists(seen[0])
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(2, 1, 1), (16, 1, 15), (96, 8, 11), (4, 8, 1), (256, 8, 16)]
+)
+def test_processes_share_the_cores_of_a_host(cores: int, processes: int, workers: int) -> None:
+    assert workers_for(cores, processes) == workers
+
+
+class Numbers:
+    """Every process counts in a directory what it has made."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(50):
+            (self.directory / f"{get_worker_info().id}-{number}").touch()
+            yield number
+
+
+@pytest.mark.parametrize(("workers", "prefetch", "ahead"), [(1, 1, 12), (2, 1, 7), (2, 4, 3)])
+def test_so_many_items_are_prepared_ahead(workers: int, prefetch: int, ahead: int, tmp_path: Path) -> None:
+    expected = prepared(workers, prefetch, ahead)
+    assert expected >= max(ahead, workers * prefetch) and expected < ahead + workers * prefetch + workers
+    iterator = iter(WorkerLoader(Numbers(tmp_path), workers=workers, prefetch=prefetch, ahead=ahead))
+    next(iterator)
+    # One is taken, so one more is made.
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < expected + 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) == expected + 1
