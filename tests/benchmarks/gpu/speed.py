@@ -14,8 +14,8 @@ import torch
 
 from tests.benchmarks.gpu.bench import Bench, Row
 from tests.benchmarks.gpu.exactness import replay
-from tests.benchmarks.gpu.flops import PairFlops, peak_tflops
 from tests.benchmarks.gpu.towers import BareRun, Shape, lengths_of, make_config, make_engine, make_step
+from train.model.flops import PairFlops, peak_tflops
 from train.step import training_step
 
 SHAPES = (Shape(128, 4, 4), Shape(128, 4, 1), Shape(64, 8, 1), Shape(512, 1, 1), Shape(128, 32, 1))
