@@ -16,7 +16,7 @@ MOST_LINES = 400
 # train; launch and the tests may import everything.
 ROWS = (
     ("data_pipeline.config", "data_pipeline.config_file", "data_pipeline.seeds"),
-    ("data_pipeline.storage", "data_pipeline.batch", "train.config"),
+    ("data_pipeline.storage", "data_pipeline.batch", "train.config", "train.timing"),
     ("data_pipeline.tokenizer",),
     ("data_pipeline.samples", "data_pipeline.order", "train.cli", "train.distributed"),
     ("data_pipeline.stages", "data_pipeline.statistics", "data_pipeline.overlap", "train.loss", "train.run"),
@@ -24,7 +24,7 @@ ROWS = (
     ("data_pipeline.loader", "data_pipeline.commands", "train.terms"),
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
-    ("train.step", "train.account", "train.evaluation", "train.init", "train.parent"),
+    ("train.step", "train.account", "train.speed", "train.evaluation", "train.init", "train.parent"),
     ("train.report", "train.begin"),
     ("train.evaluate", "train.checks", "train.export"),
     ("train.loop", "train.use"),

@@ -17,6 +17,7 @@ from train.cli import flatten
 from train.config import ModelConfig, RunConfig, TrainConfig
 from train.evaluation.best import check_best
 from train.evaluation.suite import NO_HELD_OUT, check_tasks
+from train.run.profiler import steps_of
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -81,6 +82,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.clip_grad": (_at_least(0), "the largest norm, 0 is off"),
     "optim.ema": (_share, "a decay below 1, 0 is off"),
     "tracking.log_every": (_at_least(1), "at least 1"),
+    "tracking.peak_tflops": (_at_least(0), "1e12 operations a second, such as 989, or 0 for what the GPU's name says"),
     "tracking.diagnostics_every": (_at_least(0), "steps, 0 is off"),
     "train.max_skipped": (_at_least(0), "0 or more"),
     "train.patience": (_at_least(0), "evaluations, 0 is off"),
@@ -103,6 +105,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_batch(config.train.global_batch, config.train.micro_batch, processes or 1, lanes)
     check_temperature(config)
     check_schedule(config)
+    steps_of(config.tracking.profile)
     check_parent(config)
     terms.check(config.model)
     check_tasks(config)

@@ -25,11 +25,12 @@ from train.config import RunConfig
 EPILOG = (
     "precedence: fields on the command line override --config, wherever it is, which overrides the defaults; "
     "of several --config a later one overrides the one before. --from RUN and --from-weights RUN start from another "
-    "run, whose fields are then the defaults (--step S: from its checkpoint of step S, or best)"
+    "run, whose fields are then the defaults (--step S: from its checkpoint of step S, or best). "
+    "--profile FIRST:LAST profiles these steps"
 )
 SHORT = {"--from": ["--parent.run"], "--from-weights": ["--parent.take", "weights", "--parent.run"]}
-SHORT |= {"--step": ["--parent.step"]}
-"""Options that stand for fields of `parent`."""
+SHORT |= {"--step": ["--parent.step"], "--profile": ["--tracking.profile"]}
+"""Options that stand for fields."""
 
 
 class ConfigFile(ActionConfigFile):

@@ -291,7 +291,17 @@ class TrackingConfig:
     entity: str = machine("")
     """W&B team or user; empty: the default one of the key."""
     log_every: int = machine(10)
-    """Steps between lines on the screen and points sent to W&B; metrics.jsonl has every step."""
+    """Steps between lines on the screen and points sent to W&B; metrics.jsonl has every step. As often, a step's time
+    is taken apart (time/wait, copy, forward, gather, loss, backward, exchange, optimizer, other: seconds of the step
+    before), with peak_memory_gb and mfu."""
+    peak_tflops: float = machine(0.0)
+    """What a device does at most, in 1e12 floating-point operations a second: of it mfu is the share that training
+    uses. 0: as the maker of the GPU says, by its name; where that is not known, as on a CPU, no mfu."""
+    profile: str = machine("")
+    """Steps to profile, first and last, such as 20:22 (from 1); empty: none. --profile is short for it. A trace and the
+    ten dearest operations, by the place that calls them, are written into the run's directory under profile/."""
+    profile_ranks: Literal["first", "all"] = machine("first")
+    """Which processes are profiled."""
     diagnostics_every: int = machine(10)
     """Steps between measurements of each tower's gradient, update and embeddings; 0: none."""
 

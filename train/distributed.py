@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from train.timing import section
+
 
 def world_size() -> int:
     """Processes of the run."""
@@ -41,6 +43,7 @@ def barrier() -> None:
         all_reduce_sum(torch.zeros(1))
 
 
+@section("gather")
 def all_gather_rows(x_bD: Tensor) -> Tensor:
     """[b, ...] of every rank -> [B, ...] in rank order, without gradient. Every rank has the same b."""
     x_bD = x_bD.detach().contiguous()
@@ -51,6 +54,7 @@ def all_gather_rows(x_bD: Tensor) -> Tensor:
     return x_BD
 
 
+@section("gather")
 def reduce_scatter_rows(grad_BD: Tensor) -> Tensor:
     """[B, ...] on every rank -> [b, ...]: the sum over ranks; each rank gets its own rows of it."""
     world = world_size()
@@ -63,9 +67,10 @@ def reduce_scatter_rows(grad_BD: Tensor) -> Tensor:
         dist.reduce_scatter_tensor(grad_bD, grad_BD.detach().contiguous())
         return grad_bD
     # Not every gloo has reduce_scatter.
-    return all_reduce_sum(grad_BD)[rank() * rows : (rank() + 1) * rows].clone()
+    return _all_reduce(grad_BD, dist.ReduceOp.SUM)[rank() * rows : (rank() + 1) * rows].clone()
 
 
+@section("exchange")
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, on every rank, without gradient; the argument stays as it is."""
     return _all_reduce(tensor, dist.ReduceOp.SUM)

@@ -18,6 +18,7 @@ from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
 from train.config import RunConfig
 from train.run.signals import Interrupted, StopRequest
+from train.timing import section
 
 
 class Feed:
@@ -93,6 +94,7 @@ class Feed:
         return self.order.step_after(data_step, batch) - step if isinstance(self.order, Order) else None
 
 
+@section("wait")
 def fetch(
     batches: Iterator[MicroBatch], share: int, device: torch.device, stop: StopRequest, at_once: bool
 ) -> list[MicroBatch] | None:
@@ -112,7 +114,10 @@ def fetch(
     error: BaseException | None = None
     try:
         with stop.at_once(at_once):
-            own = [recolored(next(batches).to(device, non_blocking=True)) for _ in range(share)]
+            for _ in range(share):
+                batch = next(batches)
+                with section("copy"):
+                    own.append(recolored(batch.to(device, non_blocking=True)))
     except (Exception, Interrupted) as caught:  # whatever it is, the other ranks must hear of it
         error = caught
     trouble = 0 if error is None else 1 if isinstance(error, Interrupted) else 2

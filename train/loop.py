@@ -46,7 +46,9 @@ from train.run.tally import Tally, replaced_rows
 from train.run.tracker import Tracker
 from train.run.version import code_version
 from train.run.watch import PATIENCE, Watch
+from train.speed import Speed
 from train.step import training_step
+from train.timing import StepClock
 
 SLOW = f". It has {PATIENCE:.0%} of DUET_TIMEOUT: raise that where the storage is slow"
 
@@ -72,6 +74,7 @@ class Run:
     stop: StopRequest
     watch: Watch
     tally: Tally
+    speed: Speed
 
 
 def run(config: RunConfig) -> int:
@@ -92,8 +95,8 @@ def run(config: RunConfig) -> int:
             announce(directory, results, f"is finished already; {longer}")
             return 0
         check(config, distributed.world_size())
-        with Watch(directory, timeout_seconds(), stop) as watch:
-            return train(build(config, accelerator, directory, stop, watch))
+        with Watch(directory, timeout_seconds(), stop) as watch, StepClock(accelerator.device) as clock:
+            return train(build(config, accelerator, directory, stop, watch, clock))
 
 
 def train(run: Run) -> int:
@@ -113,6 +116,7 @@ def train(run: Run) -> int:
         held_out(run, run.suite.tasks)  # what it starts from
     while state.step < run.steps and not run.best.exhausted:
         watch.now(f"waiting for the data of step {state.step + 1}")
+        run.speed.begin(state.step + 1)
         try:
             micro_batches = fetch(batches, share, engine.device, run.stop, at_once=config.data.workers == 0)
         except (ValueError, LoaderFailure):
@@ -128,15 +132,16 @@ def train(run: Run) -> int:
         measure = run.balance.due(state.step) or due(state.step + 1, config.tracking.diagnostics_every)
         on_device = training_step(engine, micro_batches, config, measure)
         run.average.update()
-        metrics, news = agree(run, micro_batches, on_device)
+        metrics, news = agree(run, micro_batches, on_device | run.speed.count(state.step + 1, micro_batches))
         run.balance.update(state.step, metrics)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        speed = run.speed.end(state.step + 1, metrics, seconds)
 
         stopping = account(run, micro_batches, metrics, news, seconds)
         rate = config.train.global_batch / seconds
         metrics |= {f"lr/{tower}": lr for tower, lr in lrs.items()}
         metrics |= {f"lr_multiplier/{tower}": factor for tower, factor in multipliers.items()}
-        speed = {"samples_per_second": rate, "data_wait": waited / seconds}
+        speed |= {"samples_per_second": rate, "data_wait": waited / seconds}
         tracker.log(state.step, metrics | speed | news.digests)
 
         # Who sends a signal gives little time: the state is saved first, and what is due is evaluated on resuming.
@@ -222,7 +227,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
     return 0
 
 
-def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, watch: Watch) -> Run:
+def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, watch: Watch, clock: StepClock) -> Run:
     """All parts of a run, at the step where it begins or resumes; `train.begin` says where that is."""
     feed, suite = Feed(config), Suite(config)
     fresh = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
@@ -256,7 +261,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, wa
     tally = Tally(feed.order, config.train.global_batch, state.samples, state.step - state.first_step, state.moved_by)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
     parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, files, best)
-    return Run(config, directory, *parts, tracker, stop, watch, tally)
+    speed = Speed(config, directory, clock, engine.module, engine.precision, feed.steps, tracker.message)
+    return Run(config, directory, *parts, tracker, stop, watch, tally, speed)
 
 
 def shared_images(feed: Feed, suite: Suite) -> list[str]:

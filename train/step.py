@@ -24,6 +24,7 @@ from train.engine.embedding import embedding_metrics
 from train.loss.gradients import loss_gradients
 from train.model import norm
 from train.terms.objective import Objective
+from train.timing import exchange_from_end_of, section
 
 
 def training_step(
@@ -44,21 +45,27 @@ def training_step(
     cached = len(parts) > 1
 
     engine.announce_backward(last=not cached)
-    with norm.recording(engine.module):
+    with norm.recording(engine.module), section("forward"):
         outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
 
     objective = Objective(config)
     ids = duplicate_ids(micro_batches) if config.loss.mask_duplicates else {}
-    losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
+    with section("loss"):
+        losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
 
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
         engine.announce_backward(last=number == len(parts))
-        output = engine.forward(*part) if cached else outputs[0]
-        engine.backward(torch.stack([(output[name] * value).sum() for name, value in gradient.items()]).sum())
+        with section("forward"):
+            output = engine.forward(*part) if cached else outputs[0]
+        with section("backward"):
+            carrier = torch.stack([(output[name] * value).sum() for name, value in gradient.items()]).sum()
+            exchange_from_end_of(carrier)
+            engine.backward(carrier)
 
     if measure:
         engine.meter.arm()
-    grad_norm, applied = engine.step()
+    with section("optimizer"):
+        grad_norm, applied = engine.step()
     count = config.train.global_batch // config.train.micro_batch
     norm.update_running(engine.module, distributed.all_reduce_sum, count)
     scale = outputs[0]["logit_scale"].detach().reshape(()).to(next(iter(losses.values())).dtype)

@@ -1,20 +1,25 @@
 """Floating-point operations of a pair, and what a device does at most: MFU is the share of the second that is used.
 
 Model FLOPs: three times those of the forward pass (arXiv 2204.02311, appendix B), of captions without their padding.
-What is computed again (cached features, tiles of the loss) does not count.
+What is computed again (cached features, checkpointing, tiles of the loss) does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.model.pair import PairModel
+
+if TYPE_CHECKING:
+    from data_pipeline.batch import MicroBatch
 
 PEAKS = {
     "H100 PCIe": (756, 51),
@@ -36,9 +41,14 @@ def peak_tflops(precision: str) -> float | None:
 
 
 class PairFlops:
-    """Of this model's forward passes, counted: the text tower's are a quadratic function of the caption's length."""
+    """Of this model's forward passes, counted: the text tower's are a quadratic function of the caption's length.
+
+    A tower that never learns counts once, since nothing goes back through it; layers of another one count three times
+    whether they learn or not. Heads of further terms of the loss do not count.
+    """
 
     def __init__(self, model: PairModel) -> None:
+        was_training = model.training
         model.eval()
         device, size = model.mean.device, model.image_size
         images_BCHW = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
@@ -46,13 +56,26 @@ class PairFlops:
         counts = []
         for length in LENGTHS:
             ids_BL = torch.zeros(2, length, dtype=torch.int64, device=device)
-            counts.append(_count(lambda ids_BL=ids_BL: model.encode_text(ids_BL, torch.ones_like(ids_BL))) / 2)
-        self.text = np.polynomial.Polynomial.fit(LENGTHS, counts, 2)
-        model.train()
+            counts.append(_count(partial(model.encode_text, ids_BL, torch.ones_like(ids_BL))) / 2)
+        self.text = np.polynomial.Polynomial.fit(LENGTHS, counts, 2).convert()
+        self.passes = [_passes(tower) for tower in (model.image, model.text)]
+        model.train(was_training)
 
     def training(self, lengths: Sequence[int]) -> float:
         """Model FLOPs of a pair in training: the mean over captions of these lengths, in tokens."""
-        return 3 * (self.image + float(np.mean(self.text(np.asarray(lengths)))))
+        image, text = self.passes
+        return image * self.image + text * float(np.mean(self.text(np.asarray(lengths))))
+
+    def of(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Model FLOPs of a step over these micro-batches, float64 on their device: nobody waits for it."""
+        lengths_b = torch.cat([batch.mask_BL.sum(1) for batch in micro_batches]).double()
+        constant, linear, square = (float(value) for value in self.text.coef)
+        image, text = self.passes
+        return (image * self.image + text * (constant + linear * lengths_b + square * lengths_b**2)).sum()
+
+
+def _passes(tower: nn.Module) -> int:
+    return 3 if any(parameter.requires_grad for parameter in tower.parameters()) else 1
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -28,6 +29,7 @@ from train.report.exhibit import Exhibit
 from train.report.explore import explore
 from train.report.plots import DIRECTIONS, draw_plots
 from train.run.records import read_history
+from train.timing import PARTS
 
 DIRECTORY = "report"
 ATTRIBUTION = "ATTRIBUTION.md"
@@ -94,7 +96,7 @@ def write_report(
     scores = {name: find_task(one["task"]).scores for name, one in tasks.items()}
     drawn = {name: [metric for metric in scores[name] if scores[name][metric] is max] for name in scores}
     draw_plots(history, metrics, drawn, chance_loss, directory)
-    facts = [*config_facts(config), *result_facts(results), *evaluation_facts(history)]
+    facts = [*config_facts(config), *result_facts(results), *evaluation_facts(history), *speed_facts(history)]
     page = PAGE.substitute(
         name=escape(config.name),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
@@ -137,6 +139,21 @@ def evaluation_facts(history: Iterable[dict[str, Any]]) -> list[tuple[str, str]]
     names = ("eval_seconds",)
     costs = [value for record in history for name, value in record.items() if name.rpartition("/")[2] in names]
     return [("Time in evaluation", f"{sum(costs):.0f} s, {len(costs)} evaluations")] if costs else []
+
+
+def speed_facts(history: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Where the time of the steps went that were taken apart, in percent; peak memory; the median of mfu."""
+    history = list(history)
+    split = {part: sum(record.get(f"time/{part}", 0.0) for record in history) for part in PARTS}
+    whole = sum(split.values())
+    shares = ", ".join(f"{part} {value / whole:.1%}" for part, value in split.items() if value) if whole else ""
+    memory = max((record.get("peak_memory_gb", 0.0) for record in history), default=0.0)
+    used = [record["mfu"] for record in history if record.get("mfu") is not None]
+    return [
+        *([("Time of a step, rank 0", shares)] if whole else []),
+        *([("Peak memory, rank 0", f"{memory:.2f} GB")] if memory else []),
+        *([("MFU, rank 0", f"{statistics.median(used):.1%}")] if used else []),
+    ]
 
 
 def _exhibit(data: dict[str, Any]) -> str:

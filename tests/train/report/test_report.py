@@ -126,6 +126,23 @@ def test_what_evaluating_has_cost_is_said(tmp_path):
     assert "11 s, 4 evaluations" in Page(write_report(tmp_path, RunConfig(), RESULTS).read_text()).text
 
 
+def test_where_the_time_went_is_said(tmp_path):
+    write_history(tmp_path, evaluations=0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step, mfu in ((10, 0.3), (20, 0.5)):
+            record = {
+                "step": step,
+                "time/wait": 1.0,
+                "time/backward": 3.0,
+                "time/copy": 0.0,
+                "peak_memory_gb": step / 4,
+            }
+            file.write(json.dumps(record | {"mfu": mfu}) + "\n")
+    text = Page(write_report(tmp_path, RunConfig(), RESULTS).read_text()).text
+    for words in ("wait 25.0%, backward 75.0%", "5.00 GB", "40.0%"):
+        assert words in text
+
+
 def test_without_held_out_data_there_are_the_curves(tmp_path):
     write_history(tmp_path, evaluations=0)
     page = Page(write_report(tmp_path, RunConfig(), RESULTS).read_text())
