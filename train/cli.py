@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import itertools
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     parser = make_parser()
     try:
         given = _files_first(_in_full(sys.argv[1:] if argv is None else argv))
-        config = _expanded(_instantiate(parser, parser.parse_args([*_of_parent(parser, given), *given])))
+        config = expanded(_instantiate(parser, parser.parse_args([*_of_parent(parser, given), *given])))
     except SystemExit:  # --help and --print_config end here
         raise
     except Exception as error:
@@ -120,12 +121,14 @@ def _split(argv: Sequence[str]) -> list[str]:
     return [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
 
 
-def _expanded(value: Any) -> Any:
-    """The configuration with the home directory for the ~ that a path begins with."""
+def expanded(value: Any) -> Any:
+    """A configuration, or the options of a command, with the home directory for the ~ that a path begins with."""
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**{name: expanded(item) for name, item in vars(value).items()})
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _expanded(getattr(value, item.name)) for item in fields(value)})
+        return replace(value, **{item.name: expanded(getattr(value, item.name)) for item in fields(value)})
     if isinstance(value, (list, tuple)):
-        return type(value)(_expanded(item) for item in value)
+        return type(value)(expanded(item) for item in value)
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value  # noqa: PTH111
 
 

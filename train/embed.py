@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
-    options = make_parser().parse_args(argv)
+    options = cli.expanded(make_parser().parse_args(argv))
     return cli.exit_status(lambda: _embed(options), OPTIONS)
 
 

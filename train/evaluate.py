@@ -157,7 +157,7 @@ def own_options() -> Mapping[str, Mapping[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
-    options = make_parser().parse_args(argv)
+    options = cli.expanded(make_parser().parse_args(argv))
     try:
         with stdout_kept():
             found = run_task(options)

@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from data_pipeline.__main__ import COMMANDS, main
+from data_pipeline.commands.rows import CAPTION_COLUMNS, IMAGE_COLUMNS
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -98,3 +101,34 @@ def test_every_command_shows_examples_that_its_parser_takes(name, capsys):
     assert examples
     for example in examples:
         parser.parse_args(shlex.split(example))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pack", (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "folder", "--split")),
+        ("index", (*IMAGE_EXTENSIONS, "txt", "json", "`captions`", "cls", "https", "s3", "gs", "first dot")),
+        ("verify", ("https://host/data/manifest.json",)),
+    ],
+)
+def test_help_says_what_a_command_knows(name, words, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", shown) for word in words)
+
+
+def test_what_the_readme_says_of_ten_layouts_and_more_is_taken_by_the_parsers():
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    rows = readme.read_text().partition("| What you have |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 10
+    for row in rows:
+        commands = [
+            text for text in re.findall(r"`([^`]+)`", row.split(" | ")[1]) if text.startswith(("pack ", "index "))
+        ]
+        assert commands or "img2dataset" in row, row
+        for given in commands:
+            name, *arguments = shlex.split(given)
+            parser = argparse.ArgumentParser()
+            importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+            parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from data_pipeline.config import Source
 from train import cli
 from train.config import ParentConfig, RunConfig
+from train.curate import main as curate
+from train.export.__main__ import main as export
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
@@ -50,6 +53,22 @@ def test_the_home_directory_is_meant_by_its_sign(monkeypatch: pytest.MonkeyPatch
     config = cli.parse(["--runs_dir", "~/runs", "--data.train", sources, "--model.text.name", "~/bert"])
     assert (config.runs_dir, config.model.text.name) == ("/home/me/runs", "/home/me/bert")
     assert config.data.train == [Source("/home/me/a", 2.0), Source("/b~c")]
+
+
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (export, ["--run=~/gone", "--to", "torch", "out"]),
+        (curate, ["--index=~/gone", "--out", "x.json"]),
+    ],
+)
+def test_commands_know_the_home_directory_too(main, line, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As in --run=~/runs/a, which no shell expands."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert main(line) == 2
+    assert "/home/me/gone" in capsys.readouterr().err
+    options = cli.expanded(Namespace(run="~/runs/a", step=None, held_out=["~/x", "y"], top=3))
+    assert options == Namespace(run="/home/me/runs/a", step=None, held_out=["/home/me/x", "y"], top=3)
 
 
 def test_messages_hold_no_signature() -> None:
