@@ -73,8 +73,9 @@ class HfTarget(Target):
             _write_stock(source, directory)
         write_tokenizer(source, directory)
         path = directory / "tokenizer_config.json"
-        options = {"model_max_length": source.config.data.max_tokens}
-        path.write_text(json.dumps(json.loads(path.read_text()) | options, indent=2))
+        options = json.loads(path.read_text()) | {"model_max_length": source.config.data.max_tokens}
+        options.pop("max_length", None)  # of sentence-transformers, which would win
+        path.write_text(json.dumps(options, indent=2))
         (directory / "README.md").write_text(model_card(source, reason))
 
     def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:

@@ -1,5 +1,6 @@
 """A run to export."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from train.config import RunConfig
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = small_config(tmp_path_factory.mktemp("export"))
     config.data.image_size, config.data.eval_size, config.optim.ema, config.checkpoint.keep = 48, 64, 0.9, 0
+    options = Path(config.model.text.name) / "tokenizer_config.json"
+    options.write_text(
+        json.dumps(json.loads(options.read_text()) | {"max_length": 128})
+    )  # as sentence-transformers does
     return config
 
 
