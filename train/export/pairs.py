@@ -17,10 +17,14 @@ from data_pipeline.samples.transforms import eval_transform
 from train.export.source import Source
 
 COUNT, FEW, BATCH = 64, 16, 16
-OTHERS = ("images of odd sizes, cropped up to half a pixel elsewhere", "large JPEG files, decoded at their full size")
-"""Of what other code makes other pixels than Duet's evaluation, which crops between pixels, and decodes a JPEG file at
-a half, a quarter or an eighth of its size where that is enough; FEW of each."""
-ODD_SIZES, LARGE_JPEG = range(len(OTHERS))
+OTHERS = (
+    "images of odd sizes, cropped up to half a pixel elsewhere",
+    "large JPEG files, decoded at their full size",
+    "images with transparent parts, put over black",
+)
+"""Of what other code makes other pixels than Duet's evaluation, which crops between pixels, decodes a JPEG file at a
+half, a quarter or an eighth of its size where that is enough, and puts images over `data.background`; FEW of each."""
+ODD_SIZES, LARGE_JPEG, TRANSPARENT = range(len(OTHERS))
 LEAST_COSINE, HALF_COSINE = 0.9999, 0.99
 """Of fp32, and of fp16, whose rounding moves some pictures of a small network that far."""
 TIE, ROUGH_TIE, HALF_TIE = 1e-4, 5e-3, 5e-2
@@ -61,7 +65,10 @@ def make_pairs(directory: Path, shorter: int, middle: int) -> tuple[list[Path], 
             size = (size[0] | 1, size[1] * 6 // 5 | 1)
         jpeg = others == LARGE_JPEG or (others < 0 and factor == 1)
         images.append(directory / f"{number:02d}.{'jpg' if jpeg else 'png'}")
-        draw(size, factor, rng, middle * factor if others < 0 else max(size)).save(images[-1], quality=95)
+        picture = draw(size, factor, rng, middle * factor if others < 0 else max(size))
+        if others == TRANSPARENT:
+            picture.putalpha(draw(size, factor, rng, max(size)).convert("L"))
+        picture.save(images[-1], quality=95)
         if number < COUNT:
             captions.append(" ".join(rng.choice(WORDS) for _ in range(rng.choice((1, 5, 9, 20, 200)))))
     return images, captions
