@@ -8,14 +8,17 @@ preprocessing.py                   image files -> uint8 tensors; the normalizati
 
 from __future__ import annotations
 
+import math
 import sys
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from train.export.apart import embed_apart
 from train.export.files import write_inputs
-from train.export.pairs import HALF_COSINE, HALF_TIE, Features
+from train.export.pairs import ROUGH_TIE, Features
 from train.export.programs import programs
 from train.export.source import Source
 from train.export.target import Target
@@ -24,6 +27,8 @@ OPSET = 18
 INPUTS = {"image": ["images"], "text": ["ids", "mask"]}
 # Sums of squares leave the range of fp16.
 STAY_FP32 = ("ReduceL2", "ReduceMean", "LayerNormalization", "Pow")
+FIRST = 0.02
+"""Share of a tower's weights, from its input on, that stay fp32: all else builds on what these make of the pixels."""
 EMBED = """
 sys.path.insert(0, directory)
 import onnxruntime
@@ -68,7 +73,6 @@ class OnnxTarget(Target):
 
     def write(self, source: Source, directory: Path) -> None:
         import onnx
-        from onnxruntime.transformers import float16
 
         for name, program in programs(source.model, source.image_size).items():
             made = torch.onnx.export(
@@ -81,13 +85,36 @@ class OnnxTarget(Target):
             )
             assert made is not None
             made.save(directory / f"{name}.onnx")
-            kept = [*float16.DEFAULT_OP_BLOCK_LIST, *STAY_FP32]
-            half = float16.convert_float_to_float16(made.model_proto, keep_io_types=True, op_block_list=kept)
-            onnx.save(half, directory / f"{name}_fp16.onnx")
+            onnx.save(in_half(made.model_proto), directory / f"{name}_fp16.onnx")
         write_inputs(source, directory, opset=OPSET)
 
     def embed(self, source: Source, directory: Path, images: list[Path], captions: list[str]) -> dict[str, Features]:
         given = (sys.executable, directory, images, captions)
         single = embed_apart(EMBED.replace("SUFFIX", ""), *given)
         half = embed_apart(EMBED.replace("SUFFIX", "_fp16"), *given)
-        return {"fp32": single, "fp16": half._replace(tie=HALF_TIE, least=HALF_COSINE)}
+        return {"fp32": single, "fp16": half._replace(tie=ROUGH_TIE)}
+
+
+def in_half(model: Any) -> Any:
+    """The model (onnx.ModelProto, which is used up) in fp16, but for its first layers and its last normalization."""
+    from onnxruntime.transformers import float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, *STAY_FP32]
+    options = {"op_block_list": kept, "node_block_list": _ends(model.graph)}
+    half = OnnxModel(float16.convert_float_to_float16(model, keep_io_types=True, **options))
+    # Between two nodes in fp32 it would round to fp16 and back.
+    half.remove_cascaded_cast_nodes()
+    return half.model
+
+
+def _ends(graph: Any) -> list[str]:
+    """Names of the nodes that take the FIRST share of the weights, and of those after the last matrix."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+    reached = list(accumulate(sum(sizes.get(name, 0) for name in node.input) for node in graph.node))
+    matrices = [number for number, node in enumerate(graph.node) if node.op_type in ("Gemm", "MatMul")]
+    return [
+        node.name
+        for number, node in enumerate(graph.node)
+        if reached[number] <= FIRST * sum(sizes.values()) or number > matrices[-1]
+    ]

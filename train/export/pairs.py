@@ -25,24 +25,21 @@ OTHERS = (
 """Of what other code makes other pixels than Duet's evaluation, which crops between pixels, decodes a JPEG file at a
 half, a quarter or an eighth of its size where that is enough, and puts images over `data.background`; FEW of each."""
 ODD_SIZES, LARGE_JPEG, TRANSPARENT = range(len(OTHERS))
-LEAST_COSINE, HALF_COSINE = 0.9999, 0.99
-"""Of fp32, and of fp16, whose rounding moves some pictures of a small network that far."""
-TIE, ROUGH_TIE, HALF_TIE = 1e-4, 5e-3, 5e-2
-"""Similarities that differ by less have no order: of the same pixels in fp32; of pictures shrunk by other code, whose
-cosine of 0.9999 allows them to differ by 0.014; in fp16, whose 0.99 allows 0.14."""
+LEAST_COSINE = 0.9999
+TIE, ROUGH_TIE = 1e-4, 5e-3
+"""Similarities that differ by less have no order: of the same pixels in fp32; in fp16 or of pictures shrunk by other
+code, whose cosine of 0.9999 allows them to differ by 0.014."""
 
 WORDS = ("a", "the", "two", "red", "small", "cat", "ship", "tree", "of", "on", "house", "cloud", "7", "and", "old")
 
 
 class Features(NamedTuple):
-    """Unit vectors, what counts as a tie between their similarities, whether other code prepared the pictures, and how
-    near they have to be."""
+    """Unit vectors, what counts as a tie between their similarities, and whether other code prepared the pictures."""
 
     image_ND: Tensor
     text_MD: Tensor
     tie: float = TIE
     other_pixels: bool = False
-    least: float = LEAST_COSINE
 
 
 def make_pairs(directory: Path, shorter: int, middle: int) -> tuple[list[Path], list[str]]:
@@ -106,8 +103,8 @@ def compare(name: str, wanted: Features, found: Features) -> str:
     """A line that says how near the two are.
 
     Raises:
-        ValueError: a cosine is below `least`, or candidates that are no ties are ranked otherwise; where other code
-            prepared the pictures, only the first COUNT of them have to agree.
+        ValueError: a cosine is below LEAST_COSINE, or candidates that are no ties are ranked otherwise; where other
+            code prepared the pictures, only the first COUNT of them have to agree.
     """
     image_N = torch.cosine_similarity(wanted.image_ND, found.image_ND)
     count = COUNT if found.other_pixels else len(image_N)
@@ -116,8 +113,8 @@ def compare(name: str, wanted: Features, found: Features) -> str:
         "text": torch.cosine_similarity(wanted.text_MD, found.text_MD).min().item(),
     }
     for tower, cosine in cosines.items():
-        if not cosine >= found.least:  # NaN is not
-            raise ValueError(f"{name}: the least cosine of {tower} embeddings is {cosine:.6f}, below {found.least}")
+        if not cosine >= LEAST_COSINE:  # NaN is not
+            raise ValueError(f"{name}: the least cosine of {tower} embeddings is {cosine:.6f}, below {LEAST_COSINE}")
     before_NM, after_NM = (each.image_ND[:count] @ each.text_MD.T for each in (wanted, found))
     swapped = max(_swapped(before_NM, after_NM), _swapped(before_NM.T, after_NM.T))
     if swapped > found.tie:

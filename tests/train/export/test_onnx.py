@@ -1,5 +1,6 @@
 """ONNX files: verified from image files on, of free batch and length, in two precisions."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ def test_both_precisions_take_any_batch_and_length(config: RunConfig, tmp_path: 
     run = write_run(given, steps=1)
     assert main(["--run", str(run), "--to", "onnx", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "fp32: least cosine" in said and "fp16: least cosine" in said
+    assert "fp32: least cosine" in said and re.search(r"fp16: least cosine image (1\.0000|0\.9999)", said)
     source, generator = load_source(run), torch.Generator().manual_seed(0)
     images_BCHW = torch.randint(0, 256, (5, 3, 64, 64), generator=generator, dtype=torch.uint8)
     ids_BL = torch.randint(5, 50, (3, 19), generator=generator)
