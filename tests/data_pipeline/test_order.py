@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Mixture, Moved, Order, Position, build_order, order_identity, permutation, sequential
+from data_pipeline.order import (
+    Mixture,
+    Moved,
+    Order,
+    Position,
+    build_order,
+    order_identity,
+    permutation,
+    permutation_part,
+    sequential,
+)
 from data_pipeline.storage.manifest import Manifest, Shard
 
 
@@ -48,6 +58,19 @@ def test_every_sample_once_per_epoch_minus_the_counted_remainder(order, epoch):
     assert [row.position for row in rows] == list(range(len(rows)))
     assert {row.epoch for row in rows} == {epoch}
     assert 0 <= order.remainder < order.batch
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, 16_384, 32_767, 32_768, 100_003, 5_000_000])
+def test_parts_of_a_permutation_make_it(size):
+    whole = permutation(size, 7, 1, 2)
+    begin, parts = 0, []
+    while begin < size and len(parts) < 20:
+        first, part = permutation_part(size, 7, (1, 2), begin + (1 if parts and size > begin + 1 else 0))
+        assert first == begin and len(part) <= 32_768
+        parts.append(part)
+        begin += len(part)
+    assert np.array_equal(np.concatenate(parts), whole[:begin])
+    assert (len(parts) > 1) == (size >= 32_768)
 
 
 @given(st.one_of(orders(), mixtures()), st.integers(0, 12), st.data())
