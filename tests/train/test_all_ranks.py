@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,31 @@ def test_case_03_05_10_what_happens_to_one_rank_ends_all_in_the_same_way(tmp_pat
     assert first[1] == second[1] and "could not be written" in first[1]
     assert first[2] == second[2] and first[2].startswith("data.max_bad_fraction 0.01: ")
     assert first[3] == second[3] and "part-000001.tar has" in first[3]
+
+
+def with_a_long_report(directory: str) -> int:
+    """The run's exit status; rank 0's report takes until rank 1 has ended, a minute at most."""
+    config, ended = cli.load(Path(directory) / "config.yaml"), Path(directory) / "rank 1 has ended"
+    write_report = loop.write_report
+
+    def long_report(*arguments: Any) -> None:
+        limit = time.monotonic() + 60
+        while not ended.exists() and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert ended.exists(), "rank 1 waits for rank 0's report"
+        write_report(*arguments)
+
+    loop.write_report = long_report  # of this process, which ends with the test
+    status = loop.run(config)
+    if distributed.rank() == 1:
+        ended.touch()
+    return status
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_the_report(tmp_path: Path) -> None:
+    config = prepare(tmp_path, steps=1, global_batch=16, micro_batch=8)
+    config.data.image_size = 32
+    (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
+    assert run_distributed(with_a_long_report, 2, str(tmp_path), timeout=200) == [0, 0]
+    assert (run_dir(config) / "report" / "index.html").is_file()
