@@ -17,6 +17,7 @@ from launch.findings import Finding, fail, ok, table, warn, worst
 from tests.support.server import serve
 from tests.support.small import write_data
 from tests.support.vocabulary import write_tokenizer
+from train import curate
 from train.config import RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 
@@ -150,6 +151,16 @@ def test_bad_samples_are_counted(tmp_path, broken, status):
     (found,) = inputs.data(config)
     assert found.status == status
     assert (f"{len(broken)} of 110 tried are bad, such as " in found.measured) == bool(broken)
+
+
+def test_what_drops_held_out_images_from_the_training_data_is_a_command(tmp_path):
+    config = RunConfig()
+    config.data.train = config.data.val = str(write_data(tmp_path / "data", (8,)))
+    (found,) = inputs.held_out(config)
+    assert found.status == "warn" and "8 of the 8 images of val are training images, too" in found.measured
+    command = found.remedy.removeprefix("python -m train.curate ").removesuffix(" leaves them out")
+    options = curate.make_parser().parse_args(command.split())
+    assert options.held_out and options.out
 
 
 def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monkeypatch):

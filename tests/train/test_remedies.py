@@ -1,10 +1,14 @@
 """What a refused configuration is advised to be is not refused: the mistake is made, the advice is followed."""
 
 import re
+import shlex
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
+from data_pipeline.embeddings.index import open_index
+from train import embed
 from train.checks import RANGES, check
 from train.config import RunConfig
 
@@ -79,3 +83,11 @@ def test_patience_leads_to_what_it_needs_in_steps_that_each_are_right() -> None:
     assert "give eval.every" in refused(config)
     config.eval.every = 100
     check(config)
+
+
+def test_the_command_that_makes_an_index_is_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        open_index(tmp_path / "gone")
+    command = str(error.value).partition("make it with: python -m train.embed ")[2]
+    options = embed.make_parser().parse_args(shlex.split(command))
+    assert options.out == str(tmp_path / "gone")
