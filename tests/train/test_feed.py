@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.loader import LoaderFailure
+from data_pipeline.order import build_order
 from data_pipeline.storage.manifest import load_manifest, write_manifest
 from tests.support.running import curve, prepare, run_dir
 from tests.support.server import Server, serve
@@ -73,6 +74,30 @@ def test_case_13_a_signal_while_a_loader_hangs_saves_and_ends(stalled: Stalled, 
     assert checkpoint.steps(run_dir(config)) == [1]
     assert not (run_dir(config) / "stacks").exists()
     resumed(config, server)
+
+
+@pytest.mark.slow
+def test_case_11_12_a_shard_that_is_missing_or_altered_ends_the_run_and_back_again_it_resumes(tmp_path: Path) -> None:
+    config = prepare(tmp_path, global_batch=16, steps=4)
+    config.data.train, config.data.val = str(write_data(tmp_path / "data", (32, 32))), ""
+    config.data.lanes, config.data.shuffle_shards, config.data.image_size = 1, 1, 32
+    config.model.image.name = "shufflenet_v2_x0_5"
+    straight = replace(config, name="straight")
+    assert loop.run(straight) == 0
+    manifest = load_manifest(config.data.train)
+    order = build_order([manifest], [1.0], 16, 1, config.train.seed, 1)
+    (first,) = {position.shard for position in order.rows(0, 0, 16)}
+    second = Path(manifest.shards[1 - first].url)
+    away = second.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=rf"{second.name} .*does not exist"):
+        loop.run(config)
+    assert checkpoint.steps(run_dir(config)) in ([1], [2]), "what was trained is saved"
+    second.write_bytes(away.read_bytes().replace(b"heart", b"house"))
+    with pytest.raises(ValueError, match=rf"{second.name} has [0-9a-f]{{64}} as its sha256, its manifest says"):
+        loop.run(config)
+    away.rename(second)
+    assert loop.run(config) == 0
+    assert curve(config) == curve(straight)
 
 
 def when_stalled(server: Server, act: Callable[[], None]) -> None:
