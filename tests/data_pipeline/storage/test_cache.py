@@ -74,6 +74,7 @@ def test_a_remote_shard_is_fetched_once_and_read(server, cache):
     assert server.requests == ["/a.tar"]
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["cut", "short", "flip", "error", "busy", "reset", "stall", "less", "more"])
 def test_case_11_a_fault_on_the_way_is_found_and_the_shard_fetched_again(fault, server, cache, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
