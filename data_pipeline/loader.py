@@ -21,8 +21,9 @@ from data_pipeline.seeds import stream_seed
 from data_pipeline.stages.collate import Collate
 from data_pipeline.stages.decode import Decode, DecodeOrReplace, Extras, UserStage
 from data_pipeline.stages.evaluation import EvalSource
-from data_pipeline.stages.readers import IndexedSource, RawReader, Readers
+from data_pipeline.stages.readers import RawReader, Readers
 from data_pipeline.stages.slots import Share, share_of
+from data_pipeline.stages.source import IndexedSource
 from data_pipeline.stages.stream import StreamDecode, StreamSource
 from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, number_of_workers
 from data_pipeline.storage.manifest import Manifest

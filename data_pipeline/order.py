@@ -115,6 +115,9 @@ class Order:
                 f"step takes of them: lower `global_batch` (and `micro_batch`, which divides it), or add data"
             )
         self.remainder = self.samples - self.steps_per_epoch * batch
+        group = min(shuffle_shards * self.samples / len(self.shard_sizes), self.samples / lanes)
+        self.steps_per_group = group * lanes / batch
+        """How many steps read from one group of shards of each lane, on average."""
         self._epochs: dict[int, _Epoch] = {}
         self._parts: dict[int, tuple[int, int, np.ndarray]] = {}
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from data_pipeline.config import DataConfig
-from data_pipeline.order import Mixture, Moved, Order
 from data_pipeline.samples.limits import MOST_BYTES
 from data_pipeline.samples.text import CAPTIONS
-from data_pipeline.seeds import sample_seed
-from data_pipeline.stages.slots import NAME, SHA256, SLOT, Share, Slot, shard_names
-from data_pipeline.stages.workers import at, of_this_worker
+from data_pipeline.stages.slots import NAME, SHA256, shard_names
+from data_pipeline.stages.workers import at
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.redaction import shown
@@ -33,7 +31,7 @@ class Readers:
         self.manifests, self._names = manifests, shard_names(manifests)
         self._store = open_store(config)
         # As many as the groups that all lanes shuffle at a time, within what a process may open.
-        self._limit = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
+        self.most_open = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
 
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:
@@ -48,6 +46,16 @@ class Readers:
         """What `sample_name` of the raw sample is; nothing of it is read. Raises as `raw`."""
         return f"{self._names[source][shard]}/{self._reader(source, shard).key(index)}"
 
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the cache of remote shards."""
+        return self._store.cache_bytes
+
+    def fetch(self, source: int, shard: int) -> None:
+        """Have a remote shard in the cache. Raises as `Store.local`."""
+        if is_remote(self.manifests[source].shards[shard].url):
+            self._store.local(self.manifests[source].shards[shard])
+
     def size(self, source: int, shard: int) -> int:
         """Samples of a shard."""
         return self.manifests[source].shards[shard].nsamples
@@ -58,22 +66,8 @@ class Readers:
             # What has left the cache must leave the disk too, or cache_gb would bound nothing.
             for gone in [key for key, reader in self._open.items() if is_remote(reader.url) and reader.deleted]:
                 self._open.pop(gone).close()
-            if len(self._open) >= self._limit:
+            if len(self._open) >= self.most_open:
                 self._open.popitem(last=False)[1].close()
             self._open[at] = self._store.open(self.manifests[source].shards[shard], MOST_BYTES)
         self._open.move_to_end(at)
         return self._open[at]
-
-
-class IndexedSource:
-    """First stage: the raw samples of this loader process's micro-batches, in the exact order."""
-
-    def __init__(self, readers: Readers, order: Order | Mixture | Moved, share: Share, seed: int):
-        self.readers, self.order, self.share, self.seed = readers, order, share, seed
-
-    def __call__(self) -> Iterator[dict]:
-        for step, index, rows in of_this_worker(self.share.micro_batches()):
-            for row, place in zip(rows, self.order.rows(step, rows.start, rows.stop), strict=True):
-                raw = self.readers.raw(place.source, place.shard, place.index)
-                seed = sample_seed(self.seed, place.source, place.epoch, place.position)
-                yield {**raw, SLOT: Slot(step, index, row, seed, place)}
