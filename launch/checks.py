@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from launch.findings import Finding, fail, ok, warn
+from launch.links import measure_links
 from launch.memory import GB, RESERVE, loader_bytes, plan
 from train import distributed
 from train.config import RunConfig
@@ -96,27 +97,12 @@ def collectives() -> list[Finding]:
     world = distributed.world_size()
     if world == 1:
         return [ok("collectives", "one process: nothing to exchange")]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    large = torch.ones((64 if device.type == "cuda" else 4) * 2**18, device=device)
-
-    def timed(call, tensor: torch.Tensor, repeats: int) -> float:
-        call(tensor)
-        distributed.barrier()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            result = call(tensor)
-        float(result.flatten()[0])  # waits for the device
-        return (time.perf_counter() - began) / repeats
-
-    latency = timed(distributed.all_reduce_sum, torch.ones(1, device=device), 20)
-    size = large.numel() * 4
-    # Bytes over a rank's link in a ring: 2 (W - 1) / W of the buffer for a reduction, (W - 1) of a share for a gather.
-    reduce = 2 * (world - 1) / world * size / timed(distributed.all_reduce_sum, large, 5)
-    gather = (world - 1) * size / timed(lambda x: distributed.all_gather_rows(x.view(-1, 256)), large, 5)
+    links = measure_links()
     text = (
-        f"{world} ranks: all-reduce {latency * 1e6:.0f} us, {reduce / GB:.2f} GB/s; all-gather {gather / GB:.2f} GB/s"
+        f"{world} ranks: all-reduce {links.latency * 1e6:.0f} us, {links.reduce / GB:.2f} GB/s; "
+        f"all-gather {links.gather / GB:.2f} GB/s"
     )
-    if device.type == "cuda" and min(reduce, gather) < 2 * GB:
+    if torch.cuda.is_available() and min(links.reduce, links.gather) < 2 * GB:
         return [
             warn(
                 "collectives",
