@@ -215,10 +215,12 @@ def test_a_synchronized_norm_needs_the_whole_share_at_once(tmp_path: Path) -> No
 
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(cli.to_yaml(prepare(tmp_path, micro_batch=32)))
+    path.write_text(cli.to_yaml(prepare(tmp_path, global_batch=28)))
     for status, printed in run_distributed(main_of_a_rank, 2, str(path)):
         assert status == 2
-        assert "--train.global_batch 32 is not divisible by 2 processes x micro_batch" in printed
+        assert (
+            "--train.global_batch 28 is not divisible by 2 processes x micro_batch 8: give a multiple of 16" in printed
+        )
 
 
 def main_of_a_rank(path: str) -> tuple[int, str]:
