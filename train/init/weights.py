@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.storage.files import sha256_of
+from train.model.weights_file import read_weights
 
 
 def read_json(path: Path, given: str) -> dict[str, Any]:
@@ -43,15 +42,9 @@ def read_tensors(directory: Path, names: Sequence[str], given: str) -> tuple[dic
         tensors: dict[str, Tensor] = {}
         try:
             for part in parts:
-                tensors |= load_file(part) if part.suffix == ".safetensors" else _unpickled(part)
+                tensors |= read_weights(part)
             digests = [sha256_of(part) for part in parts]
-        except Exception as error:  # each format has its own kinds of damage
-            raise ValueError(f"{given}: {directory / name} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given}: {error}") from error
         return tensors, digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     raise ValueError(f"{given}: {directory} holds none of {', '.join(names)}")
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    state = torch.load(path, "cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -16,7 +16,6 @@ from urllib.parse import urlparse
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from data_pipeline.storage.download import download
 from data_pipeline.storage.hub import TEXTS, WEIGHTS, fetch
 from data_pipeline.tokenizer import first_line
 from train import distributed
+from train.model.weights_file import read_weights
 
 BUILT_IN_BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
 TEXT_REMEDY = (
@@ -43,26 +43,13 @@ def read_state_dict(weights: str) -> dict[str, Tensor] | None:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    given, path = f"model.image.weights {weights}", Path(weights)
+    path = Path(weights)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         return None
-    if not path.is_file():
-        raise ValueError(f"{given}: no such file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format has its own kinds of damage
-        raise ValueError(f"{given} cannot be read as a state dict: {error}") from error
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
-    state = _of_the_image_tower(state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{given} is not a state dict: expected tensors by parameter name")
-    return state
-
-
-def _of_the_image_tower(state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors below the prefix that an image tower has in a pair of open_clip's or Duet's, where there is one."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+        state = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"model.image.weights {error}") from error
     for prefix in ("visual.trunk.", "image.backbone."):
         if inside := {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}:
             return inside
@@ -116,9 +103,8 @@ def timm_weights(timm: Any, model: str, weights: str) -> dict[str, Tensor]:
     page = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
     try:
         if not source.hf_hub_id:
-            return torch.load(_into_cache(source.url), "cpu", weights_only=True)
-        path = _hub_file(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
-        return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+            return read_weights(_into_cache(source.url))
+        return read_weights(Path(_hub_file(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")))
     except Exception as error:  # the hub's client has many kinds of failure, which differ between its versions
         raise ValueError(
             f"{given} cannot be fetched from {page} ({error}): copy the model.safetensors there to this machine "
