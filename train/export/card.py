@@ -53,8 +53,8 @@ OWN = """transformers has no class for {reason}: `modeling_duet.py` and `image_p
 this card, are what `trust_remote_code=True` runs. They need torch, transformers and timm or torchvision, and prepare
 images as the evaluation of the run did."""
 STOCK = """All classes are transformers' own. Its image processor decodes a large JPEG file at full size and crops at
-whole pixels, where the evaluation of the run decoded no more than it needed and cropped between pixels: of such images
-the embeddings differ a little, and those of an export `--to torch` or `--to onnx` do not."""
+whole pixels, where the evaluation of the run decoded no more than it needed and cropped between pixels; and it
+puts transparent parts over black. The embeddings of such images differ; those of `--to torch` and `onnx` do not."""
 
 
 def model_card(source: Source, reason: str = "") -> str:

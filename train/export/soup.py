@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
 
 
-def mean_weights(models: Sequence[Weights]) -> Weights:
-    """The mean of each tensor over several models; of counts the last model's.
+class Sum(NamedTuple):
+    """Of the weights of several models, in float64; of counts the last model's."""
+
+    weights: Weights
+    count: int
+
+    def plus(self, model: Weights) -> Sum:
+        """The sum with one more. Raises ValueError where it does not have the same tensors."""
+        if {name: tensor.shape for name, tensor in model.items()} != {n: t.shape for n, t in self.weights.items()}:
+            raise ValueError("soup: the checkpoints hold different models, which have no mean")
+        return Sum({name: _plus(self.weights[name], tensor) for name, tensor in model.items()}, self.count + 1)
+
+    def mean(self, like: Weights) -> Weights:
+        """Each tensor's mean, in the precision that it has in `like`."""
+        return {
+            name: (tensor / self.count).to(like[name].dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.weights.items()
+        }
+
+
+def _plus(total: Tensor, tensor: Tensor) -> Tensor:
+    return total + tensor.double() if tensor.is_floating_point() else tensor
+
+
+def sum_of(model: Weights) -> Sum:
+    """The sum of one model."""
+    return Sum({name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in model.items()}, 1)
+
+
+def mean_weights(models: Iterable[Weights]) -> Weights:
+    """The mean of each tensor over several models, of which one at a time is in memory.
 
     Raises:
         ValueError: they do not have the same tensors.
     """
-    last = models[-1]
+    total, model = None, {}
     for model in models:
-        if {name: tensor.shape for name, tensor in model.items()} != {n: tensor.shape for n, tensor in last.items()}:
-            raise ValueError("soup: the checkpoints hold different models, which have no mean")
-    means = {}
-    for name, tensor in last.items():
-        if tensor.is_floating_point():
-            tensor = torch.stack([model[name].double() for model in models]).mean(0).to(tensor.dtype)
-        means[name] = tensor
-    return means
+        total = total.plus(model) if total else sum_of(model)
+    assert total is not None
+    return total.mean(like=model)
 
 
 class Tried(NamedTuple):
@@ -54,12 +77,15 @@ def greedy(load: Callable[[int], Weights], steps: Sequence[int], score: Callable
     if not ranked:
         raise ValueError("soup: not one of the checkpoints gives finite features")
     first = ranked[0]
-    best, kept, tried = alone[first], [first], [Tried(first, alone[first], True)]
+    best, total, tried = alone[first], sum_of(load(first)), [Tried(first, alone[first], True)]
     for step in ranked[1:]:
-        found = score(mean_weights([load(one) for one in [*kept, step]]))
-        if found >= best:
-            best, kept = found, [*kept, step]
-        tried.append(Tried(step, found, step in kept))
+        model = load(step)
+        with_it = total.plus(model)
+        found = score(with_it.mean(like=model))
+        is_kept = found >= best
+        if is_kept:
+            best, total = found, with_it
+        tried.append(Tried(step, found, is_kept))
     return tried
 
 

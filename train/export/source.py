@@ -111,7 +111,7 @@ def load_source(
         tried = greedy(load, list(paths), HeldOutRecall(model, given, tokenizer, state.precision))
     steps = [one.step for one in tried if one.kept] or list(paths)
     if len(paths) > 1:
-        model.load_state_dict(mean_weights([load(step) for step in steps]))
+        model.load_state_dict(mean_weights(load(step) for step in steps))
     if crop is not None:
         given.data.eval_crop = crop
         eval_transform(given.data)  # raises ValueError

@@ -24,7 +24,14 @@ def test_a_checkpoint_is_kept_where_the_mean_with_it_is_at_least_as_good():
     def score(model: dict) -> float:  # best at 3
         return -abs(float(model["x"]) - 3) if not torch.isnan(model["x"]) else math.nan
 
-    tried = greedy(lambda step: {"x": torch.tensor(weights[step])}, list(weights), score)
+    loaded: list[int] = []
+
+    def load(step: int) -> dict:
+        loaded.append(step)
+        return {"x": torch.tensor(weights[step])}
+
+    tried = greedy(load, list(weights), score)
+    assert max(map(loaded.count, weights)) == 2, "once for its own score, once for the mean with it"
     assert [(one.step, one.kept) for one in tried] == [(5, True), (2, True), (1, False), (3, False)], "4 has no score"
     assert tried[1].score == pytest.approx(0)
     with pytest.raises(ValueError, match="not one of the checkpoints"):
