@@ -385,3 +385,20 @@ def test_a_stage_that_makes_a_sample_of_its_own_keeps_the_colours_that_are_drawn
     plain, seen = (list(load([manifest], tokenizer, stages=stages)) for stages in ((), (copied,)))
     assert_equal(seen, plain)
     assert sum(len(batch.colors.rows_R) for batch in seen if batch.colors) > len(seen)
+
+
+@pytest.mark.parametrize(("workers", "prefetch", "expected"), [(1, 1, 8), (3, 1, 9), (4, 4, 16)])
+def test_two_steps_are_prepared_ahead(
+    manifest: Manifest, tokenizer: Tokenizer, workers: int, prefetch: int, expected: int
+) -> None:
+    """A step takes four micro-batches."""
+    loader = train_loader(
+        settings(workers, prefetch=prefetch),
+        ordered(manifest),
+        [manifest],
+        tokenizer,
+        seed=0,
+        micro_batch=2,
+        stop_step=9,
+    )
+    assert loader._loader.prefetch_factor * workers == expected
