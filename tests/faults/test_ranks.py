@@ -242,7 +242,7 @@ def test_case_14_the_others_need_nobody_to_tell_them(fault, engine, tmp_path, mo
         assert len(readers) == 2
         found[1].send_signal(fault)
         assert not gone([found[0]], TIMEOUT + 15)
-        found[1].kill()
+        run.processes[1].kill()
         assert run.wait(SECONDS) == [1, -signal.SIGKILL]
         assert not gone(readers, 10)
     if fault == signal.SIGSTOP:
