@@ -25,7 +25,7 @@ from train.run.signals import EXIT_PREEMPTED, SIGNALS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS = 24
-TIMEOUT = 20
+TIMEOUT = 40
 """DUET_TIMEOUT, in seconds, where it is to be heeded."""
 SECONDS = 600
 """That a start may take on a busy machine."""
@@ -244,7 +244,7 @@ def test_case_14_the_others_need_nobody_to_tell_them(fault, engine, tmp_path, mo
         assert not gone([found[0]], TIMEOUT + 15)
         run.processes[1].kill()
         assert run.wait(SECONDS) == [1, -signal.SIGKILL]
-        assert not gone(readers, 10)
+        assert not gone(readers, 30)  # they look every 5 s
     if fault == signal.SIGSTOP:
         assert_named(config, (tmp_path / "run.log").read_text(), found[1])
     assert checkpoint.newest(run_dir(config)) is not None

@@ -6,6 +6,7 @@ them, so what ends the others where one is lost is their own doing.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -79,6 +80,8 @@ def _main(variables: dict[str, str], meeting: str, log: str, config: str) -> Non
     from train.__main__ import main
     from train.engine.start import timeout_seconds
 
+    # As in a run that a launcher starts; else loader processes come from a server of their own.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
