@@ -40,6 +40,11 @@ def shell(message: str, before: str, **placeholders: object) -> None:
     subprocess.run(line, shell=True, check=True)
 
 
+def needs(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+
+
 @pytest.fixture
 def error(capsys):
     """A function that runs a command which is refused, and returns its message."""
@@ -64,8 +69,7 @@ def test_a_compressed_shard_is_unpacked_as_advised(tmp_path, error, form):
         write_zip(old)
     else:
         old.write_bytes({"gzip": gzip, "bzip2": bz2, "xz": lzma}[form].compress(old.read_bytes()))
-    if form == "zip" and shutil.which("unzip") is None:
-        pytest.skip("unzip is not installed")
+    needs("unzip" if form == "zip" else form)
     message = error("index", old)
     assert "--leave-out-unusable" not in message, "nothing would be left"
     (tmp_path / "files").mkdir()
@@ -79,6 +83,7 @@ def test_a_folder_of_compressed_tars_is_read_when_they_are_unpacked_as_advised(t
     tar = write_tar(tmp_path / "a.tar", GOOD)
     (tmp_path / f"a{end}").write_bytes(form.compress(tar.read_bytes()))
     tar.unlink()
+    needs({gzip: "gzip", bz2: "bzip2", lzma: "xz"}[form])
     shell(error("index", tmp_path), "such as: ")
     assert command("index", tmp_path) == 0
 
