@@ -24,6 +24,7 @@ from data_pipeline.embeddings.duplicates import COSINE, candidates, copies
 from data_pipeline.embeddings.inputs import find_input
 from data_pipeline.samples.image import decode_image
 from data_pipeline.samples.text import split
+from data_pipeline.storage.files import sha256_of
 from data_pipeline.storage.kept_index import read_index
 from data_pipeline.storage.manifest import Shard, load_manifest, write_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
@@ -64,7 +65,9 @@ def measure(towers: Towers, data: Path, directory: Path, planted: int, seed: int
             writer.write(f"planted/{number:06d}", {kind: content, "txt": b"a drawing"})
             originals[f"val-000000.tar/planted/{number:06d}"] = drawings[key]
     (path,) = writer.paths
-    write_manifest(directory / "val", [Shard(path, len(read_index(path)), Path(path).stat().st_size, "0" * 64)], {})
+    write_manifest(
+        directory / "val", [Shard(path, len(read_index(path)), Path(path).stat().st_size, sha256_of(Path(path)))], {}
+    )
     train_made = embed(towers, find_input(str(data / "train")), directory / "train-index")
     val_made = embed(towers, find_input(str(directory / "val")), directory / "val-index")
 

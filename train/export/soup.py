@@ -15,18 +15,18 @@ class Sum(NamedTuple):
     """Of the weights of several models, in float64; of counts the last model's."""
 
     weights: Weights
-    count: int
+    models: int
 
     def plus(self, model: Weights) -> Sum:
         """The sum with one more. Raises ValueError where it does not have the same tensors."""
         if {name: tensor.shape for name, tensor in model.items()} != {n: t.shape for n, t in self.weights.items()}:
             raise ValueError("soup: the checkpoints hold different models, which have no mean")
-        return Sum({name: _plus(self.weights[name], tensor) for name, tensor in model.items()}, self.count + 1)
+        return Sum({name: _plus(self.weights[name], tensor) for name, tensor in model.items()}, self.models + 1)
 
     def mean(self, like: Weights) -> Weights:
         """Each tensor's mean, in the precision that it has in `like`."""
         return {
-            name: (tensor / self.count).to(like[name].dtype) if tensor.is_floating_point() else tensor
+            name: (tensor / self.models).to(like[name].dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.weights.items()
         }
 
