@@ -77,10 +77,7 @@ def memory(config: RunConfig) -> list[Finding]:
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         there = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    parts = f"{needs.parameters / 1e6:.0f} M parameters; each of {world} rank(s): "
-    parts += f"state {needs.state(0) / GB:.1f} GB under DDP, "
-    parts += f"{needs.state(1) / GB:.1f}/{needs.state(2) / GB:.1f}/{needs.state(3) / GB:.1f} under ZeRO-1/2/3, "
-    parts += f"activations {needs.activations / GB:.1f}, loss {needs.loss / GB:.2f}; x {RESERVE} of {there / GB:.0f} GB"
+    parts = f"{needs.in_words()}; there are {there / GB:.0f} GB"
     stage = needs.smallest_stage(there)
     if stage is None:
         remedy = (

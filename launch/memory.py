@@ -23,14 +23,16 @@ from train.model.pair import PairModel, build_model
 from train.terms.objective import Objective
 
 GB = 1e9
-RESERVE = 1.3
-"""Factor for what is not counted: gradients of activations, workspaces of cuDNN and NCCL, fragmentation. With it the
-plan is 2 % below to 14 % above the steps that tests/benchmarks/RESULTS.md has measured, on a CPU."""
+RESERVE, WORKING = 1.26, 1.06
+"""Factors on state and activations for what is not counted: fragmentation, copies of a gradient while it is added up,
+gradients of activations. With LIBRARIES, what these take once they compute, fitted to steps on a CPU."""
+LIBRARIES = 0.2 * GB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes per rank of a run on `world` ranks; of `parameters`, `learning` ones ever learn."""
+    """Bytes per rank of a run on `world` ranks; of `parameters`, `learning` ones ever learn. parts: passes in which a
+    rank's share of a step goes back through the towers."""
 
     parameters: int
     learning: int
@@ -38,6 +40,7 @@ class Plan:
     loss: int
     world: int
     ema: bool
+    parts: int = 1
 
     def state(self, stage: int) -> float:
         """Weights, gradients and optimizer state under ZeRO `stage`; 0 is DDP."""
@@ -50,7 +53,22 @@ class Plan:
         return self.parameters * weight + self.learning * (average + gradient + moments + copy) + bucket
 
     def total(self, stage: int) -> float:
-        return RESERVE * (self.state(stage) + self.activations + self.loss)
+        """At the peak of a step; tests/benchmarks/RESULTS.md has it beside what steps take."""
+        state, working = self.state(stage), WORKING * self.activations
+        if stage == 0 and self.world == 1 and self.parts == 1:
+            # Gradients come as activations go; otherwise they stay from part to part, or in the buckets of DDP.
+            gradients = 4.0 * self.learning
+            state, working = state - gradients, max(working, RESERVE * gradients)
+        return RESERVE * state + working + self.loss + LIBRARIES
+
+    def in_words(self) -> str:
+        """The whole of each engine, and its parts."""
+        whole = [self.total(stage) / GB for stage in range(4)]
+        return (
+            f"{self.parameters / 1e6:.0f} M parameters; each of {self.world} rank(s): {whole[0]:.1f} GB under DDP, "
+            f"{whole[1]:.1f}/{whole[2]:.1f}/{whole[3]:.1f} under ZeRO-1/2/3; of that, under DDP, state "
+            f"{self.state(0) / GB:.1f}, activations {self.activations / GB:.1f}, loss {self.loss / GB:.2f}"
+        )
 
     def smallest_stage(self, memory: float) -> int | None:
         """The first of DDP, ZeRO-1, 2, 3 that fits into `memory` bytes; None where none does."""
@@ -74,9 +92,8 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
     activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Plan(
-        parameters, learning, max(activations, 0), loss_bytes(config, world, numbers), world, config.optim.ema > 0
-    )
+    loss, parts = loss_bytes(config, world, numbers), -(-share // resident)
+    return Plan(parameters, learning, max(activations, 0), loss, world, config.optim.ema > 0, parts)
 
 
 def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:

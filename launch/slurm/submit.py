@@ -151,6 +151,20 @@ def check_run(options: argparse.Namespace, config: RunConfig) -> None:
             raise ValueError(f"{error} (on {nodes} nodes x {processes} processes)") from error
 
 
+def memory_plan(options: argparse.Namespace, config: RunConfig) -> list[str]:
+    """What each process will need on the fewest nodes; nothing where it is not known how many there are."""
+    processes = node_range(options.nodes)[0] * (options.processes or gpus(options.gpus_per_node))
+    if not processes:
+        return []
+    from launch.memory import plan  # which takes torch, for seconds
+
+    bf16 = options.precision == "bf16" or not (options.precision or options.engine.startswith("cpu"))
+    try:
+        return [f"memory: {plan(config, processes, bf16).in_words()}"]
+    except Exception as error:  # such as weights that only compute nodes have
+        return [f"memory: no plan can be made here: {cli.with_flags(str(error))}"]
+
+
 def gpus(text: str) -> int:
     """How many `--gpus_per_node` asks for: `8` or `a100:8`; 0 where it does not say."""
     number = text.rpartition(":")[2]
@@ -248,6 +262,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.container:
             environment |= {"DUET_CONTAINER": options.container, "DUET_MOUNTS": options.mounts}
         print(f"run: {plan}")
+        for line in memory_plan(options, config):
+            print(line)
         print(f"saves and requeues {options.grace} s before each time limit of {options.time}")
         print(shlex.join(command))
         if not options.processes and not re.search("--(exclusive|gres|gpus)", shlex.join(command)):

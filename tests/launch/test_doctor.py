@@ -110,9 +110,18 @@ def test_state_bytes_of_every_zero_stage():
     half_locked = replace(plan, learning=500, ema=True)
     assert [half_locked.state(stage) for stage in (0, 2)] == [12_000, 4_000 + 500 * (4 + 1 + 2 + 1) + bucket]
     large = replace(plan, parameters=10**9, learning=10**9)
-    assert large.smallest_stage(memory.RESERVE * 16e9) == 0
-    assert large.smallest_stage(memory.RESERVE * 9e9) == 2
-    assert large.smallest_stage(memory.RESERVE * 4e9) is None
+    for memory_bytes, stage in ((21e9, 0), (12e9, 2), (5e9, None)):
+        assert large.smallest_stage(memory_bytes) == stage
+
+
+def test_gradients_of_one_part_come_as_its_activations_go():
+    one = memory.Plan(parameters=10**9, learning=10**9, activations=8 * 10**9, loss=0, world=1, ema=False)
+    state, working = memory.RESERVE * 12e9, memory.WORKING * 8e9
+    assert one.total(0) == pytest.approx(state + working + memory.LIBRARIES)
+    both = state + memory.RESERVE * 4e9 + working + memory.LIBRARIES
+    assert replace(one, parts=2).total(0) == replace(one, world=2).total(0) == pytest.approx(both)
+    assert replace(one, activations=0).total(0) == pytest.approx(memory.RESERVE * 16e9 + memory.LIBRARIES)
+    assert "each of 1 rank(s): 23.8 GB under DDP" in one.in_words()
 
 
 def small(bert: Path, global_batch: int) -> RunConfig:

@@ -47,6 +47,7 @@ def test_a_dry_run_shows_the_command_and_submits_nothing(cluster, submit, tmp_pa
     assert "sbatch --job-name=duet-first --nodes=1-2 --time=2:00:00 --signal=B:USR1@300 --gpus-per-node=4" in said
     assert f"launch/slurm/train.sbatch --engine zero3 {' '.join(run)}" in said
     assert "warning: no --cpus_per_task" in said
+    assert "\nmemory: " in said
     assert cluster.ask("squeue", "-h") == ""
 
 
