@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 SIZES = ((340, 256), (500, 375), (1024, 768))
 SIDE, MICRO, SHARDS = 224, 32, 8
 SCALE = (0.9, 1.0)  # open_clip's crops
-PACE, SHARE, STEPS = 0.02, 16, 6
+PACE, SHARE, STEPS = 0.03, 16, 6
 
 
 def cpu_seconds() -> float:
@@ -94,7 +94,7 @@ def open_clip(work: Path, workers: str) -> dict[str, float]:
     import open_clip as package
     from open_clip_train.data import get_wds_dataset
 
-    shards, samples = sorted(map(str, (work / "shards").glob("*.tar"))), json.loads((work / "samples.json").read_text())
+    shards, samples = sorted(map(str, (work / "shards").glob("*.tar"))), json.loads((work / "shards.json").read_text())
     args = SimpleNamespace(
         train_data="::".join(shards), train_num_samples=samples, train_data_upsampling_factors=None, seed=0
     )
@@ -126,19 +126,16 @@ def wait(work: Path) -> dict[str, float]:
     from train.feed import fetch
     from train.run.signals import StopRequest
 
-    manifest, tokenizer = load_manifest(work / "shards"), Tokenizer(str(work / "tokenizer"), 77)
-    rows = 2
+    manifest, tokenizer = load_manifest(work / "tiny"), Tokenizer(str(work / "tokenizer"), 77)
 
     def paced(sample: dict) -> dict:
         time.sleep(PACE)
         return sample
 
     config = DataConfig(image_size=8, augment=AugmentConfig(policy="none"), workers=1)
-    order = build_order([manifest], [1.0], rows * SHARE, 4, 0, SHARDS)
+    order = build_order([manifest], [1.0], SHARE, 4, 0, SHARDS)
     batches = iter(
-        train_loader(
-            config, order, [manifest], tokenizer, seed=0, micro_batch=rows, stop_step=STEPS + 4, stages=[paced]
-        )
+        train_loader(config, order, [manifest], tokenizer, seed=0, micro_batch=1, stop_step=STEPS + 4, stages=[paced])
     )
     stop, device = StopRequest(), torch.device("cpu")
     fetch(batches, SHARE, device, stop, at_once=False)  # with it the process has started
@@ -205,10 +202,16 @@ def write(work: Path, photos: list[str], samples: int) -> None:
             kept.append(buffer.getvalue())
     (work / "images.pkl").write_bytes(pickle.dumps(images))
     kind = "500x375" if photos else "made here"
-    manifest = write_shards(work / "shards", images[kind] * (samples // len(images[kind])))
-    write_manifest(work / "shards" / "manifest.json", list(manifest.shards), {})
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    for name, content in (
+        ("shards", images[kind] * (samples // len(images[kind]))),
+        ("tiny", [buffer.getvalue()] * 64),
+    ):
+        manifest = write_shards(work / name, content)
+        write_manifest(work / name / "manifest.json", list(manifest.shards), {})
+        (work / f"{name}.json").write_text(json.dumps(len(content)))
     write_tokenizer(work / "tokenizer")
-    (work / "samples.json").write_text(json.dumps(sum(shard.nsamples for shard in manifest.shards)))
 
 
 def main() -> None:
@@ -224,7 +227,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an older checkout to compare with")
     parser.add_argument("--open-clip", metavar="PYTHON", help="of an environment with open_clip and webdataset 0.2.86")
     parser.add_argument("--photos", nargs="+", default=[], metavar="FILE", help="pictures to measure with as well")
-    parser.add_argument("--samples", type=int, default=768, help="samples per pass of a loader (default: 768)")
+    parser.add_argument("--samples", type=int, default=2400, help="samples per pass of a loader (default: 2400)")
     parser.add_argument("--repeats", type=int, default=3, help="paired runs (default: 3)")
     args = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}
