@@ -100,11 +100,13 @@ def in_half(model: Any) -> Any:
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    del model.graph.value_info[:]  # by which it would take weights that stay fp32 for fp16, and cast them
     kept = [*float16.DEFAULT_OP_BLOCK_LIST, *STAY_FP32]
     options = {"op_block_list": kept, "node_block_list": _ends(model.graph)}
     half = OnnxModel(float16.convert_float_to_float16(model, keep_io_types=True, **options))
     # Between two nodes in fp32 it would round to fp16 and back.
     half.remove_cascaded_cast_nodes()
+    half.topological_sort()
     return half.model
 
 

@@ -14,6 +14,7 @@ from train.config import RunConfig
 from train.export.__main__ import main
 from train.export.source import load_source
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -37,4 +38,10 @@ def test_both_precisions_take_any_batch_and_length(config: RunConfig, tmp_path: 
             found = onnxruntime.InferenceSession(out / f"{name}{suffix}.onnx").run(None, given_to)[0]
             assert found.dtype == np.float32
             assert np.abs(found - wanted_BD.numpy()).max() < tolerance, name + suffix
+    for path in out.glob("*.onnx"):
+        onnx.checker.check_model(path, full_check=True)
+    half = onnx.load(out / "image_fp16.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    convolutions = [kinds[node.input[1]] for node in half.graph.node if node.op_type == "Conv"]
+    assert convolutions[0] == onnx.TensorProto.FLOAT and convolutions[-1] == onnx.TensorProto.FLOAT16
     assert (out / "image_fp16.onnx").stat().st_size < 0.6 * (out / "image.onnx").stat().st_size
