@@ -174,35 +174,6 @@ def test_case_09_bad_samples_are_replaced_by_the_next_good_one_and_recorded(
         assert_equal(all_ranks([manifest], tokenizer, settings(workers), world), seen)
 
 
-@pytest.mark.slow
-def test_case_09_captions_of_a_megabyte_are_trained_on_and_larger_ones_recorded(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    captions = [
-        b"red heart " * 100_000,
-        b"x" * 1_000_000,
-        "心".encode() * 333_000,
-        b'{"captions": ["red heart"%s]}' % (b', "heart"' * 100_000),
-        b'{"caption": "%s"}' % (b"heart " * 170_000),
-        b"heart " * 700_000,  # over the limit of 4 MiB
-        b'{"caption": "%s"}' % (b"heart " * 2_900_000),  # and of 16 MiB
-        b"heart",
-    ]
-
-    def sample(number: int) -> tuple[str, dict[str, bytes]]:
-        text = captions[number]
-        return f"{number}", {"png": tiny_image(number), "json" if text.startswith(b"{") else "txt": text}
-
-    manifest = load_manifest(write_shards(tmp_path, (len(captions),), sample))
-    seen = list(load([manifest], tokenizer, stop_step=1))
-    assert {record["key"]: record["cause"] for item in seen for record in item.bad} == {
-        "5": "the txt member has 4,200,000 bytes, the limit is 4,194,304",
-        "6": "the json member has 17,400,015 bytes, the limit is 16,777,216",
-    }
-    assert {key[-1] for item in seen for key in item.keys} == set("012347")
-    assert max(item.ids_BL.shape[1] for item in seen) <= 24
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_case_10_data_without_a_good_sample_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     manifest = damaged(tmp_path, range(8))
