@@ -23,10 +23,10 @@ from train.model.pair import PairModel, build_model
 from train.terms.objective import Objective
 
 GB = 1e9
-RESERVE, WORKING = 1.26, 1.06
+RESERVE, WORKING = 1.15, 1.08
 """Factors on state and activations for what is not counted: fragmentation, copies of a gradient while it is added up,
 gradients of activations. With LIBRARIES, what these take once they compute, fitted to steps on a CPU."""
-LIBRARIES = 0.2 * GB
+LIBRARIES = 0.25 * GB
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class Speed:
 
     def begin(self, step: int) -> None:
         """Step number `step`, from 1, begins."""
-        self.profiler.before(step)
         self.clock.begin(self.shown(step + 1))
+        self.profiler.before(step)
 
     def count(self, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """What `end` needs of a step's data, on their device, to be read together with what else is read."""

@@ -110,7 +110,7 @@ def test_state_bytes_of_every_zero_stage():
     half_locked = replace(plan, learning=500, ema=True)
     assert [half_locked.state(stage) for stage in (0, 2)] == [12_000, 4_000 + 500 * (4 + 1 + 2 + 1) + bucket]
     large = replace(plan, parameters=10**9, learning=10**9)
-    for memory_bytes, stage in ((21e9, 0), (12e9, 2), (5e9, None)):
+    for memory_bytes, stage in ((19e9, 0), (10e9, 2), (4e9, None)):
         assert large.smallest_stage(memory_bytes) == stage
 
 
@@ -121,7 +121,7 @@ def test_gradients_of_one_part_come_as_its_activations_go():
     both = state + memory.RESERVE * 4e9 + working + memory.LIBRARIES
     assert replace(one, parts=2).total(0) == replace(one, world=2).total(0) == pytest.approx(both)
     assert replace(one, activations=0).total(0) == pytest.approx(memory.RESERVE * 16e9 + memory.LIBRARIES)
-    assert "each of 1 rank(s): 23.8 GB under DDP" in one.in_words()
+    assert "each of 1 rank(s): 22.7 GB under DDP" in one.in_words()
 
 
 def small(bert: Path, global_batch: int) -> RunConfig:
