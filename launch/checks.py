@@ -17,7 +17,7 @@ import torch
 
 from launch.findings import Finding, fail, ok, warn
 from launch.links import measure_links
-from launch.memory import GB, RESERVE, loader_bytes, plan
+from launch.memory import GB, RESERVE, Plan, loader_bytes, plan
 from train import distributed
 from train.config import RunConfig
 
@@ -80,13 +80,16 @@ def memory(config: RunConfig) -> list[Finding]:
     parts = f"{needs.in_words()}; there are {there / GB:.0f} GB"
     stage = needs.smallest_stage(there)
     if stage is None:
-        remedy = (
-            "the same curve with --train.resident 1, --model.image.checkpointing true, --model.text.checkpointing true "
-            "or more ranks; another one with a smaller --train.micro_batch"
-        )
-        return [fail("memory plan", parts, remedy)]
+        return [fail("memory plan", parts, less_memory(needs, config))]
     name = "DDP (launch/accelerate/ddp.yaml)" if stage == 0 else f"ZeRO-{stage} (launch/accelerate/zero{stage}.yaml)"
     return [ok("memory plan", f"{parts}: fits with {name}")]
+
+
+def less_memory(needs: Plan, config: RunConfig) -> str:
+    """What takes less memory, and whether the curve stays the same."""
+    same = ["--train.resident 1"] * (config.train.resident > 1)
+    same += [f"--model.{tower}.checkpointing true" for tower in needs.recomputable]
+    return f"the same curve with {', '.join([*same, 'more ranks'])}; another one with a smaller --train.micro_batch"
 
 
 def collectives() -> list[Finding]:

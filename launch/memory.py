@@ -17,7 +17,7 @@ from data_pipeline.loader import STEPS_AHEAD, Extras
 from data_pipeline.stages.slots import check_batch
 from data_pipeline.stages.workers import number_of_workers, prepared
 from train import terms
-from train.config import RunConfig
+from train.config import TOWERS, RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
 from train.terms.objective import Objective
@@ -32,7 +32,7 @@ LIBRARIES = 0.25 * GB
 @dataclass(frozen=True)
 class Plan:
     """Bytes per rank of a run on `world` ranks; of `parameters`, `learning` ones ever learn. parts: passes in which a
-    rank's share of a step goes back through the towers."""
+    rank's share of a step goes back through the towers. recomputable: towers that could compute their blocks again."""
 
     parameters: int
     learning: int
@@ -41,6 +41,7 @@ class Plan:
     world: int
     ema: bool
     parts: int = 1
+    recomputable: tuple[str, ...] = ()
 
     def state(self, stage: int) -> float:
         """Weights, gradients and optimizer state under ZeRO `stage`; 0 is DDP."""
@@ -93,7 +94,10 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     loss, parts = loss_bytes(config, world, numbers), -(-share // resident)
-    return Plan(parameters, learning, max(activations, 0), loss, world, config.optim.ema > 0, parts)
+    towers = [
+        tower for tower in TOWERS if getattr(model, tower).blocks and not getattr(config.model, tower).checkpointing
+    ]
+    return Plan(parameters, learning, max(activations, 0), loss, world, config.optim.ema > 0, parts, tuple(towers))
 
 
 def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:

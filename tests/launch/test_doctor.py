@@ -15,7 +15,7 @@ from launch import checks, inputs, memory
 from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
 from tests.support.server import serve
-from tests.support.small import write_data
+from tests.support.small import small_config, write_data
 from tests.support.vocabulary import write_tokenizer
 from train import curate
 from train.config import RunConfig
@@ -112,6 +112,17 @@ def test_state_bytes_of_every_zero_stage():
     large = replace(plan, parameters=10**9, learning=10**9)
     for memory_bytes, stage in ((19e9, 0), (10e9, 2), (4e9, None)):
         assert large.smallest_stage(memory_bytes) == stage
+
+
+@pytest.mark.parametrize("tower", ["alexnet", "resnet18"])
+def test_a_tower_without_blocks_is_not_to_compute_them_again(tmp_path, tower):
+    config = small_config(tmp_path)
+    config.data.image_size = 64
+    image, text = replace(config.model.image, name=tower), replace(config.model.text, checkpointing=True)
+    config = replace(config, model=replace(config.model, image=image, text=text))
+    said = checks.less_memory(memory.plan(config, 1, bf16=False), config)
+    assert ("--model.image.checkpointing true" in said) == (tower == "resnet18")
+    assert "--model.text.checkpointing" not in said, "it is on already"
 
 
 def test_gradients_of_one_part_come_as_its_activations_go():
