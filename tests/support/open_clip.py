@@ -15,10 +15,13 @@ def interpreter() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = cache / "duet-tests" / "open_clip"
     found = directory / "bin" / "python"
-    if not (directory / "complete").exists():
+    made = (directory / "complete").exists()
+    if not made:
         venv.create(directory, with_pip=True, clear=True)
-        (site,) = directory.glob("lib/python*/site-packages")
-        (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    (site,) = directory.glob("lib/python*/site-packages")
+    # Every time: the packages with which it was made may be gone.
+    (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    if not made:
         subprocess.run([found, "-m", "pip", "install", "-q", "--no-deps", *PACKAGES], check=True)
         (directory / "complete").touch()
     return str(found)

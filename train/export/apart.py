@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from train.export.pairs import BATCH, Features
 
+DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
+"""What pip calls a module, where that is another name."""
 SCRIPT = """
 import json, sys
 import torch
@@ -36,7 +39,7 @@ def embed_apart(script: str, python: str, directory: Path, images: list[Path], c
         python: the interpreter.
 
     Raises:
-        ValueError: it fails, with the last line that it says.
+        ValueError: it fails, with the last line that it says, or lacks a module.
     """
     inputs, outputs = directory.with_suffix(".json"), directory.with_suffix(".safetensors")
     try:
@@ -52,6 +55,10 @@ def embed_apart(script: str, python: str, directory: Path, images: list[Path], c
         )
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            if missing := re.search(r"No module named '(\w+)", said[-1]):
+                package = DISTRIBUTIONS.get(missing[1], missing[1])
+                remedy = f"install it there (pip install {package}), or give --python an interpreter that has it"
+                raise ValueError(f"{python} has no {missing[1]}: {remedy}")
             raise ValueError(f"{python} cannot use what was written: {said[-1]}")
         found = load_file(outputs)
     except OSError as error:

@@ -64,7 +64,10 @@ def test_a_crop_that_open_clip_does_not_make_is_refused(config: RunConfig, tmp_p
 
 
 def test_an_interpreter_without_open_clip_is_said(run: Path, tmp_path: Path, capsys) -> None:
-    for python, said in ((sys.executable, "No module named 'open_clip'"), ("/no/python", "No such file")):
+    for python, said in (
+        (sys.executable, "(pip install open_clip_torch), or give --python"),
+        ("/no/python", "No such file"),
+    ):
         assert main(["--run", str(run), "--to", "open_clip", "--python", python, str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
