@@ -75,6 +75,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # resnet50_bert on two busy cores
 @pytest.mark.parametrize("name", ["quickstart", "resnet50_bert"])
 def test_open_clips_own_zero_shot_code_gives_the_same_class_to_every_sample(name: str, tmp_path: Path) -> None:
     python = interpreter()
