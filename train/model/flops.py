@@ -57,21 +57,24 @@ class PairFlops:
         for length in LENGTHS:
             ids_BL = torch.zeros(2, length, dtype=torch.int64, device=device)
             counts.append(_count(partial(model.encode_text, ids_BL, torch.ones_like(ids_BL))) / 2)
-        self.text = np.polynomial.Polynomial.fit(LENGTHS, counts, 2).convert()
+        self.text = [float(value) for value in np.polynomial.Polynomial.fit(LENGTHS, counts, 2).convert().coef]
         self.passes = [_passes(tower) for tower in (model.image, model.text)]
         model.train(was_training)
 
     def training(self, lengths: Sequence[int]) -> float:
         """Model FLOPs of a pair in training: the mean over captions of these lengths, in tokens."""
-        image, text = self.passes
-        return image * self.image + text * float(np.mean(self.text(np.asarray(lengths))))
+        return float(np.mean(self._pair(np.asarray(lengths, dtype=np.float64))))
 
     def of(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Model FLOPs of a step over these micro-batches, float64 on their device: nobody waits for it."""
         lengths_b = torch.cat([batch.mask_BL.sum(1) for batch in micro_batches]).double()
-        constant, linear, square = (float(value) for value in self.text.coef)
+        return self._pair(lengths_b).sum()
+
+    def _pair(self, lengths: Any) -> Any:
+        """Model FLOPs of pairs whose captions have these lengths, an array or a tensor."""
+        constant, linear, square = self.text
         image, text = self.passes
-        return (image * self.image + text * (constant + linear * lengths_b + square * lengths_b**2)).sum()
+        return image * self.image + text * (constant + linear * lengths + square * lengths**2)
 
 
 def _passes(tower: nn.Module) -> int:
