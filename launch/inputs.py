@@ -33,6 +33,7 @@ from train.evaluation.suite import Suite
 from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import build_model
+from train.model.text_files import tokenizer_name
 from train.model.trial import try_out
 from train.run.wandb import wanted_mode, why_offline
 
@@ -64,7 +65,7 @@ def weights(config: RunConfig) -> list[Finding]:
         model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), pretrained=origin is None)
         if origin is not None:
             fill(model, origin, config)
-        tokenizer = Tokenizer(text.tokenizer or text.name, config.data.max_tokens)
+        tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
         tokenizer.fills |= model.text.reads_padding
         notes = try_out(model, tokenizer, config)
     except ValueError as error:

@@ -44,6 +44,7 @@ from train.engine.start import start
 from train.feed import Feed
 from train.loss.ids import Rows
 from train.model.pair import build_model
+from train.model.text_files import tokenizer_name
 from train.step import training_step
 from train.terms.objective import Objective
 
@@ -150,8 +151,7 @@ def _loader(
     config: RunConfig, feed: Feed, seconds: float, clock: Callable[[], float]
 ) -> tuple[float, list[MicroBatch]]:
     """Seconds per micro-batch of the run's loader by itself, and some of what it makes."""
-    text = config.model.text
-    batches = iter(feed.batches(Tokenizer(text.tokenizer or text.name, config.data.max_tokens), 0, FOR_EVER))
+    batches = iter(feed.batches(Tokenizer(tokenizer_name(config), config.data.max_tokens), 0, FOR_EVER))
     ahead = 1 + number_of_workers(config.data.workers) * config.data.prefetch
     made = list(islice(batches, ahead))  # what is made while nobody waits says nothing of the rate
     began, until, count = clock(), time.monotonic() + seconds, 0

@@ -12,7 +12,7 @@ from train.init import hf, open_clip
 from train.init.origin import Origin
 from train.init.weights import read_json
 from train.model.names import TORCHVISION_IN_TIMM, names_of_timm
-from train.model.text_files import TEXT, TOKENIZER, with_own_text
+from train.model.text_files import TEXT, TOKENIZER, tokenizer_name, with_own_text
 
 
 def read(name: str) -> Origin:
@@ -35,7 +35,7 @@ def read(name: str) -> Origin:
     part = "ema" if config.optim.ema > 0 else "model"
     tensors = checkpoint.load_part(path, part)
     model, text = config.model, config.model.text
-    image, encoder, tokenizer = model.image.name, text.name, text.tokenizer or text.name
+    image, encoder, tokenizer = model.image.name, text.name, tokenizer_name(config)
     if (path / TEXT).is_dir():
         encoder, tokenizer = str(path / TEXT), str(path / TOKENIZER)
     fields: dict[str, Sequence[Any]] = {
