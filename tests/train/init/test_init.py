@@ -20,7 +20,8 @@ from train.evaluation.encode import Encoder
 from train.evaluation.suite import given_tasks
 from train.export.hf import HfTarget
 from train.export.open_clip import OpenClipTarget
-from train.export.source import load_source
+from train.export.source import Source, load_source
+from train.export.target import Target
 from train.init.fit import fill
 from train.init.origin import open_origin
 from train.model.pair import PairModel, build_model
@@ -141,27 +142,28 @@ def test_all_fields_that_do_not_fit_are_said_at_once_and_these_fit(
     assert fitting.model.image.name == "resnet18" and fitting.model.embed_dim == 16
 
 
-def test_an_export_with_code_of_its_own_is_begun_with_like_any_other(trained: RunConfig, tmp_path: Path) -> None:
+def exported_with_biases(trained: RunConfig, target: Target, tmp_path: Path) -> tuple[RunConfig, Source]:
+    """A run whose projections have biases, one of them two layers, written to `tmp_path`/form."""
     model = replace(trained.model, projection_bias=True, image=replace(trained.model.image, projection="mlp"))
     config = replace(trained, model=model, runs_dir=str(tmp_path / "runs"))
     source = load_source(write_run(config, steps=1))
     (tmp_path / "form").mkdir()
     with torch.no_grad():
-        HfTarget().write(source, tmp_path / "form")
+        target.write(source, tmp_path / "form")
+    return config, source
+
+
+def test_an_export_with_code_of_its_own_is_begun_with_like_any_other(trained: RunConfig, tmp_path: Path) -> None:
+    config, source = exported_with_biases(trained, HfTarget(), tmp_path)
     with pytest.raises(ValueError, match=r"\n  model.projection_bias true    \(now it is False\)"):
-        open_origin(replace(config, model=replace(model, projection_bias=False), init=f"hf:{tmp_path / 'form'}"))
+        open_origin(replace(config, model=replace(config.model, projection_bias=False), init=f"hf:{tmp_path / 'form'}"))
     again = replace(config, init=f"duet:{tmp_path / 'form'}")
     for actual_ND, expected_ND in zip(encoded(started(again), again), encoded(source.model, config), strict=True):
         torch.testing.assert_close(actual_ND, expected_ND, rtol=0, atol=1e-6)
 
 
 def test_biases_come_through_open_clip_which_has_none_for_texts(trained: RunConfig, tmp_path: Path) -> None:
-    model = replace(trained.model, projection_bias=True, image=replace(trained.model.image, projection="mlp"))
-    config = replace(trained, model=model, runs_dir=str(tmp_path / "runs"))
-    source = load_source(write_run(config, steps=1))
-    (tmp_path / "form").mkdir()
-    with torch.no_grad():
-        OpenClipTarget().write(source, tmp_path / "form")
+    config, source = exported_with_biases(trained, OpenClipTarget(), tmp_path)
     again = replace(config, init=f"open_clip:{tmp_path / 'form'}")
     found = started(again)
     assert found.text_projection.bias.abs().sum() == 0 < source.model.text_projection.bias.abs().sum()
