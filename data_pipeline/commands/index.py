@@ -26,7 +26,7 @@ from data_pipeline.storage.files import put_in_place, take_lock
 from data_pipeline.storage.kept_index import read_hashed
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
 from data_pipeline.storage.redaction import address, redact_urls
-from data_pipeline.storage.remote import attempt, expand, fetch_file, filesystem, folder_of, is_remote
+from data_pipeline.storage.remote import attempt, described, expand, fetch_file, filesystem, folder_of, is_remote
 from data_pipeline.storage.tar_index import EmptyTar
 
 EMPTY = ": an empty tar"
@@ -267,7 +267,7 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
             return None if stamp == earlier else _measured(url, url, stamp, caption_rule)
         system, remote = filesystem(url)
         info: dict[str, Any] = {}
-        if fault := attempt(lambda: info.update(system.info(remote)) or ""):
+        if fault := attempt(url, lambda: info.update(system.info(remote)) or ""):
             return f"{url}: cannot be read: {fault}"
         stamp = [info.get("size"), *(str(info[name]) for name in REMOTE_VERSIONS if name in info)]
         if stamp == earlier:
@@ -280,7 +280,7 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
                 size = local.stat().st_size
                 return "" if stamp[0] in (None, size) else f"{size} of its {stamp[0]} bytes came"
 
-            if fault := attempt(fetch):
+            if fault := attempt(url, fetch):
                 return f"{url}: cannot be fetched: {fault}"
             return _measured(url, str(local), stamp, caption_rule)
     except EmptyTar:
@@ -288,7 +288,7 @@ def index_shard(folder: str, caption_rule: str, task: tuple[str, list[Any] | Non
     except ValueError as error:
         return str(error) if url in str(error) else f"{url}: {error}"
     except Exception as error:  # Each remote backend has exceptions of its own.
-        return f"{url}: cannot be read ({type(error).__name__}: {error})"
+        return f"{url}: cannot be read ({described(url, error)})"
 
 
 def _measured(url: str, path: str, stamp: list[Any], caption_rule: str) -> dict[str, Any]:

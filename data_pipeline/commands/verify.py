@@ -12,7 +12,7 @@ from data_pipeline.commands.parallel import cores, positive, run_parallel
 from data_pipeline.storage.files import measure
 from data_pipeline.storage.manifest import Shard, load_manifest
 from data_pipeline.storage.redaction import redact_urls
-from data_pipeline.storage.remote import is_remote, open_remote
+from data_pipeline.storage.remote import described, is_remote, open_remote
 
 HELP = """\
 examples:
@@ -62,7 +62,7 @@ def fault(shard: Shard) -> str:
     except FileNotFoundError:
         return "it is missing"
     except Exception as error:  # Each remote backend has exceptions of its own.
-        return f"it cannot be read ({type(error).__name__}: {error})"
+        return f"it cannot be read ({described(shard.url, error)})"
     if size != shard.filesize:
         return f"it has {size:,} bytes, the manifest says {shard.filesize:,}"
     return "" if digest == shard.sha256 else f"its sha256 is {digest}, the manifest says {shard.sha256}"

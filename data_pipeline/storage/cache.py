@@ -84,7 +84,7 @@ class Store:
                 fetch_file(system, remote, str(part), shard.filesize)
                 return _fault(part, shard)
 
-            if fault := attempt(fetch, self.attempts, self.backoff):
+            if fault := attempt(shard.url, fetch, self.attempts, self.backoff):
                 raise ValueError(f"shard {shard.url} could not be fetched in {self.attempts} tries: {fault}")
         except BaseException:
             part.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_pipeline.storage.files import BLOCK, write_atomically
 from data_pipeline.storage.redaction import address
-from data_pipeline.storage.remote import expand, folder_of, is_remote, not_found, open_remote
+from data_pipeline.storage.remote import described, expand, folder_of, is_remote, not_found, open_remote
 from data_pipeline.storage.selection import Selection
 
 FILE_NAME = "manifest.json"
@@ -190,7 +190,7 @@ def _read(url: str) -> bytes:
             raise ValueError(f"there is no manifest at {url}; make it with{first}: {command}") from error
         raise ValueError(f"the manifest {url} could not be read: {error.__cause__}") from error
     except Exception as error:  # Each remote backend has exceptions of its own.
-        raise ValueError(f"the manifest {url} could not be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the manifest {url} could not be read: {described(url, error)}") from error
 
 
 def _relative(url: str, directory: Path) -> str:

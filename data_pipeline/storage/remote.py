@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import shlex
@@ -26,9 +27,16 @@ UNPACK = {
 """How names of compressed tars end -> the command that puts a .tar in their place."""
 COMPRESSED = tuple(UNPACK)
 SILENCE_SECONDS = 60
-"""For which a web server may send nothing."""
+"""For which a web server may send nothing; Google's storage a quarter of it, as S3 by s3fs's own default: these two
+packages try several times themselves."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")
+_DENIED = re.compile("credential|forbidden|denied|anonymous|unauthori[sz]ed", re.IGNORECASE)
+_KEYS = {
+    "s3": "give keys by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, or in ~/.aws/credentials",
+    "gs": "log in by: gcloud auth application-default login; or set GOOGLE_APPLICATION_CREDENTIALS to the path of a "
+    "service account's key file",
+}
 _INSTALL = {"s3": "s3fs", "gs": "gcsfs", "http": "'fsspec[http]'", "https": "'fsspec[http]'"}
 
 
@@ -58,12 +66,18 @@ def filesystem(url: str) -> tuple[Any, str]:
         import fsspec
 
         options: dict[str, Any] = {}
-        if scheme.startswith("http"):
+        if scheme != "s3":
             import aiohttp
 
-            # aiohttp's own limit is five minutes for a whole file, whatever its size: limit the silence instead.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_SECONDS)
+            # aiohttp's own limit is five minutes for a whole file, whatever its size, and gcsfs has none: limit the
+            # silence instead.
+            silence = SILENCE_SECONDS if scheme.startswith("http") else SILENCE_SECONDS / 4
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=silence)
+        if scheme.startswith("http"):
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        if scheme == "gs":
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints each error's traceback, and raises it
+            options["requests_timeout"] = timeout
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         raise ValueError(f"{url}: reading {scheme}:// needs another package: pip install {_INSTALL[scheme]}") from error
@@ -89,8 +103,8 @@ def fetch_file(system: Any, remote: str, path: str, most: int | None) -> None:
     system.get_file(remote, path, callback=Bound())
 
 
-def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) -> str:
-    """Run `action`, which returns what is wrong, until nothing is; returns the last fault, or "".
+def attempt(url: str, action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) -> str:
+    """Run `action` on a remote file, which returns what is wrong, until nothing is; returns the last fault, or "".
 
     attempts, backoff: most tries, and seconds before the second one, doubled before each further one. What is not
     there is not tried again.
@@ -102,12 +116,20 @@ def attempt(action: Callable[[], str], attempts: int = 5, backoff: float = 1.0) 
         try:
             fault = action()
         except Exception as error:  # Each backend has exceptions of its own.
-            fault = f"{type(error).__name__}: {error}"
+            fault = described(url, error)
             if not_found(error):
                 return fault
         if not fault:
             break
     return fault
+
+
+def described(url: str, error: Exception) -> str:
+    """What a backend raised for a url, with the remedy where it wants keys."""
+    text = f"{type(error).__name__}: {error}"
+    if getattr(error, "filename", None) is None and (isinstance(error, PermissionError) or _DENIED.search(text)):
+        return "; ".join(filter(None, [text, _KEYS.get(url.split(":", 1)[0].lower())]))
+    return text
 
 
 def not_found(error: Exception) -> bool:
@@ -156,7 +178,7 @@ def _matches(part: str, literal: bool) -> list[str]:
             return sorted(system.unstrip_protocol(name) for name in system.glob(path))
         except Exception as error:  # Each remote backend has exceptions of its own.
             raise ValueError(
-                f"{part} could not be listed: {type(error).__name__}: {error}; give the names of its shards, such as "
+                f"{part} could not be listed: {described(part, error)}; or give the names of its shards, such as "
                 f"{{000..127}}.tar"
             ) from error
     path = str(Path(part).expanduser().absolute())

@@ -26,10 +26,22 @@ from train.run.signals import EXIT_PREEMPTED, SIGNALS
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
 
+TOLERANCE = 2e-5
+"""By which the losses of another engine or world may differ over eight steps; they differ by 5e-6."""
+
+
+def slow_learner(directory: Path) -> RunConfig:
+    """A run whose losses can be compared over engines: the rounding of another order of sums grows with the learning
+    rate, at 3e-5 to 1.3e-4 of the loss in the seventh step."""
+    config = prepare(directory)
+    config.optim.lr = 1e-5
+    return config
+
+
 @pytest.fixture(scope="module")
 def straight(runs_in_this_process, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of one process that nothing disturbed."""
-    config = prepare(tmp_path_factory.mktemp("straight"))
+    config = slow_learner(tmp_path_factory.mktemp("straight"))
     assert loop.run(config) == 0
     return config
 
@@ -39,7 +51,7 @@ def weights(config: RunConfig) -> bytes:
 
 
 def test_case_01_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_path: Path) -> None:
-    config = prepare(tmp_path)
+    config = slow_learner(tmp_path)
     for step in (1, 7):  # before the first checkpoint, after the second
         process = running.start(running.command(config, tmp_path), tmp_path / "killed.log")
         running.wait_for_step(config, step, process)
@@ -56,9 +68,9 @@ def test_case_01_killed_again_and_again_it_ends_in_the_same_bytes(straight, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("zero2", 2)])
 def test_more_processes_make_the_same_curve(straight, tmp_path: Path, engine: str, processes: int) -> None:
-    config = prepare(tmp_path)
+    config = slow_learner(tmp_path)
     run(config, tmp_path, engine=engine, processes=processes)
-    assert_same_curve(curve(config), curve(straight), 1e-4)
+    assert_same_curve(curve(config), curve(straight), TOLERANCE)
 
 
 def test_two_processes_of_one_micro_batch_each_end_in_the_same_bytes_as_one(tmp_path: Path) -> None:
@@ -74,7 +86,7 @@ def test_two_processes_of_one_micro_batch_each_end_in_the_same_bytes_as_one(tmp_
 
 
 def test_case_03_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(straight, tmp_path: Path) -> None:
-    config = prepare(tmp_path)
+    config = slow_learner(tmp_path)
     config.checkpoint.every = 100
     process = running.start(running.command(config, tmp_path, engine="ddp", processes=2), tmp_path / "stopped.log")
     running.wait_for_step(config, 2, process)
@@ -84,9 +96,7 @@ def test_case_03_a_signal_saves_and_another_engine_goes_on_with_the_same_curve(s
     assert len(stopped) == 1 and 2 <= int(stopped[0][5:]) < STEPS
     said = run(config, tmp_path, engine="zero2", processes=2)
     assert "data.normalize imagenet: mean 0.485/0.456/0.406, std 0.229/0.224/0.225" in said
-    # Equal in the first step; rounding grows from 3e-7 in the second to 1.3e-4 in the seventh.
-    assert_same_curve(curve(config)[:3], curve(straight)[:3], 1e-5)
-    assert_same_curve(curve(config), curve(straight), 3e-4)
+    assert_same_curve(curve(config), curve(straight), TOLERANCE)
 
 
 def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
@@ -101,7 +111,7 @@ def test_a_finished_run_says_so_and_does_not_train(straight, capfd) -> None:
 def test_another_configuration_is_refused_with_the_difference(straight) -> None:
     config = cli.load(run_dir(straight) / "config.yaml")
     config.optim.lr, config.data.workers = 0.5, 3
-    with pytest.raises(ValueError, match=r"(?s)^name small.*optim\.lr: 3e-05 -> 0\.5") as error:
+    with pytest.raises(ValueError, match=r"(?s)^name small.*optim\.lr: 1e-05 -> 0\.5") as error:
         loop.run(config)
     assert "workers" not in str(error.value)
 
