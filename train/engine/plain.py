@@ -26,7 +26,9 @@ class PlainEngine(Engine):
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-            return accelerator.prepare(model, optimizer)
+            wrapped, optimizer = accelerator.prepare(model, optimizer)
+        settle_buckets(wrapped)
+        return wrapped, optimizer
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -74,3 +76,18 @@ class PlainEngine(Engine):
             for index, name in enumerate(ordered)
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def settle_buckets(ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Have DDP lay out its buckets for good, by a first backward pass of zeros; a collective.
+
+    Else it does so after the first step of each start, by the order in which gradients came. With three ranks and more
+    the layout says in which order they are added up, so a run that resumes would not end in the bytes of one that was
+    not stopped. Here gradients come last parameter first, as nearly so in a step.
+    """
+    parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+    zero = torch.stack([parameter.sum() * 0 for parameter in parameters]).sum()
+    ddp.reducer.prepare_for_backward([])
+    zero.backward()
+    ddp.reducer._rebuild_buckets()
+    ddp.zero_grad(set_to_none=True)
