@@ -31,7 +31,7 @@ SILENCE_SECONDS = 60
 packages try several times themselves."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")
-_DENIED = re.compile("credential|forbidden|denied|anonymous|unauthori[sz]ed", re.IGNORECASE)
+_DENIED = re.compile(r"credential|forbidden|denied|anonymous|unauthori[sz]ed|\b40[13]$", re.IGNORECASE)
 _KEYS = {
     "s3": "give keys by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, or in ~/.aws/credentials",
     "gs": "log in by: gcloud auth application-default login; or set GOOGLE_APPLICATION_CREDENTIALS to the path of a "
@@ -126,7 +126,7 @@ def attempt(url: str, action: Callable[[], str], attempts: int = 5, backoff: flo
 
 def described(url: str, error: Exception) -> str:
     """What a backend raised for a url, with the remedy where it wants keys."""
-    text = f"{type(error).__name__}: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())  # one line, whatever a server has answered
     if getattr(error, "filename", None) is None and (isinstance(error, PermissionError) or _DENIED.search(text)):
         return "; ".join(filter(None, [text, _KEYS.get(url.split(":", 1)[0].lower())]))
     return text

@@ -14,8 +14,9 @@ S = TypeVar("S", bound=ThreadingHTTPServer)
 
 
 class Server(ThreadingHTTPServer):
-    """faults: what happens to the next GETs, one each: cut, short, flip, error, busy, reset, endless, stall; less or
-    more is said of the length than there is. requests: paths of the GETs so far. sent: bytes of endless bodies so far.
+    """faults: what happens to the next GETs, one each: cut, short, flip, error, busy, denied, reset, endless,
+    stall; less or more is said of the length than there is. requests: paths of the GETs so far. sent:
+    bytes of endless bodies so far.
     """
 
     daemon_threads = True
@@ -37,8 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         path = self.server.directory / self.path.partition("?")[0].lstrip("/")
         fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault in ("error", "busy") or not path.is_file():
-            self.send_error({"error": 500, "busy": 503}.get(fault, 404))
+        if fault in ("error", "busy", "denied") or not path.is_file():
+            self.send_error({"error": 500, "busy": 503, "denied": 401}.get(fault, 404))
             return
         data = bytearray(path.read_bytes())
         if fault == "endless":

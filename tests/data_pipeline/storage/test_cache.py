@@ -272,7 +272,8 @@ def _size(path):
         return 0
 
 
-def test_a_missing_backend_names_the_package(cache, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # cannot be imported
-    with pytest.raises(ValueError, match="pip install s3fs"):
-        store(cache).local(Shard("s3://bucket/a.tar", 1, 10240, "0" * 64))
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_case_11_a_missing_backend_names_the_package(scheme, package, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        store(cache).local(Shard(f"{scheme}://bucket/a.tar", 1, 10240, "0" * 64))

@@ -1,6 +1,8 @@
 """Shards in S3, by moto's server: listed, indexed, fetched once, and refused where they are not what they were."""
 
 import hashlib
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,10 @@ from data_pipeline import loader
 from data_pipeline.__main__ import main
 from data_pipeline.order import build_order
 from data_pipeline.storage.cache import Store
-from data_pipeline.storage.manifest import load_manifest
+from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.remote import expand
 from data_pipeline.tokenizer import Tokenizer
+from tests.support.forwarding import forwarding
 from tests.support.loading import BATCH, MICRO, SEED, settings
 from tests.support.pictures import tiny_image
 from tests.support.tars import write_shards
@@ -102,3 +105,49 @@ def test_case_11_an_s3_without_keys_or_network_is_named(bucket, tmp_path, monkey
     with pytest.raises(ValueError, match=r"could not be fetched") as failure:
         store(tmp_path / "elsewhere").local(shard)
     assert "testing" not in str(failure.value)
+
+
+def test_case_11_an_object_that_stalls_is_asked_for_again_where_it_stopped(bucket, tmp_path, monkeypatch) -> None:
+    """As over http: the silence has a limit, and what comes after it is whole."""
+    import s3fs
+
+    shards = load(tmp_path).shards
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)  # 15 s
+    with forwarding(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+        between.stalls = 2
+        local = store(tmp_path / "elsewhere").local(shards[0])
+        assert hashlib.sha256(Path(local).read_bytes()).hexdigest() == shards[0].sha256
+        assert between.stalls == 0
+        between.stalls = 1000
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=rf"{shards[1].url} could not be fetched in 2 tries: .*imeout"):
+            store(tmp_path / "elsewhere").local(shards[1])
+        assert time.monotonic() - began < 2 * 5 * 0.5 + 30  # five times in each try, and pauses between them
+        between.stalls = 0
+        local = store(tmp_path / "elsewhere").local(shards[1])
+        assert hashlib.sha256(Path(local).read_bytes()).hexdigest() == shards[1].sha256
+    assert not list((tmp_path / "elsewhere" / "cache").glob("*.part"))
+
+
+def test_case_11_an_s3_that_wants_keys_says_which(bucket, tmp_path, monkeypatch) -> None:
+    shard = load(tmp_path).shards[0]
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    remedy = "give keys by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    with pytest.raises(ValueError, match=remedy) as failure:
+        store(tmp_path / "elsewhere").local(shard)
+    assert "could not be fetched" in str(failure.value) and str(failure.value).count("\n") == 0
+    with pytest.raises(ValueError, match=remedy):
+        expand([f"s3://{BUCKET}/train/"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")  # and the remedy works
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    assert Path(store(tmp_path / "elsewhere").local(shard)).is_file()
+
+
+def load(directory: Path) -> Manifest:
+    """The manifest of what is in the bucket."""
+    assert main(["index", f"s3://{BUCKET}/train/", "--out", str(directory / "manifest.json")]) == 0
+    return load_manifest(directory / "manifest.json")
