@@ -7,36 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclass
-class _Batch:
-    """Moving all tensors of a dataclass at once."""
+class Batch:
+    """All tensors of a dataclass at once."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False):
         """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def clone(self):
         """The same batch in memory of its own, not in that which a loader process shares."""
-        return self._map(Tensor.clone)
+        return self.mapped(Tensor.clone)
 
     def pin_memory(self):
         """The same batch in page-locked memory; torch's DataLoader calls this."""
-        return self._map(Tensor.pin_memory)
+        return self.mapped(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]):
+    def mapped(self, change: Callable[[Any], Any], kind: type = Tensor):
+        """The same batch with `change` of every tensor in its place; or of all that is of another kind."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        inner = {name: value._map(change) for name, value in values.items() if isinstance(value, _Batch)}
+        moved = {name: change(value) for name, value in values.items() if isinstance(value, kind)}
+        inner = {name: value.mapped(change, kind) for name, value in values.items() if isinstance(value, Batch)}
         return replace(self, **moved, **inner)
 
 
 @dataclass
-class Recoloring(_Batch):
+class Recoloring(Batch):
     """How the colours of some images of a batch are to change: samples.colors draws it, and applies it."""
 
     rows_R: Tensor
@@ -48,7 +50,7 @@ class Recoloring(_Batch):
 
 
 @dataclass
-class MicroBatch(_Batch):
+class MicroBatch(Batch):
     """The unit of training: everything that depends on neighbours depends on these rows alone."""
 
     images_BCHW: Tensor
@@ -88,7 +90,7 @@ class MicroBatch(_Batch):
 
 
 @dataclass
-class EvalBatch(_Batch):
+class EvalBatch(Batch):
     """Images with all their captions (some may have none), in the order of the manifest."""
 
     images_BCHW: Tensor

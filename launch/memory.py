@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.loader import STEPS_AHEAD, Extras
+from data_pipeline.stages.handover import piece_bytes
 from data_pipeline.stages.slots import check_batch
 from data_pipeline.stages.workers import number_of_workers, prepared
 from train import terms
@@ -114,12 +115,13 @@ def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:
 
 
 def loader_bytes(config: RunConfig, world: int, local: int) -> int:
-    """Shared memory of a host that the loaders of its `local` ranks fill with images: all that they prepare ahead."""
+    """Shared memory of a host that the loaders of its `local` ranks fill with images: all that they prepare ahead, what
+    each process is at, and a step's share that is in use."""
     workers = number_of_workers(config.data.workers)
     count = config.train.global_batch // (config.train.micro_batch * world)
     images = config.train.micro_batch * (2 if Extras(**terms.extras(config.model)).second_view else 1)
-    micro_batches = local * prepared(workers, config.data.prefetch, STEPS_AHEAD * count)
-    return micro_batches * images * 3 * config.data.image_size**2
+    micro_batches = prepared(workers, config.data.prefetch, STEPS_AHEAD * count) + workers + count if workers else 0
+    return local * micro_batches * piece_bytes(images * 3 * config.data.image_size**2)
 
 
 def _forward(model: PairModel, rows: int, tokens: int, bf16: bool) -> tuple[int, dict[str, torch.Tensor]]:

@@ -23,6 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data_pipeline.batch import Batch
+from data_pipeline.stages.handover import Inbox, Outbox
+
 T = TypeVar("T")
 HELD = {signal.SIGINT, *([signal.SIGTERM] if hasattr(signal, "sigwaitinfo") else [])}
 """Signals that do not end a loader process. macOS cannot tell who sent a TERM, so there a TERM does."""
@@ -104,15 +107,18 @@ class _Failure:
 class _Guarded(IterableDataset):
     """Yields what the pipeline yields; an exception becomes the last item, because torch would rewrite its message.
 
-    board: uint8 [workers, NOTE_BYTES] in shared memory.
+    board: uint8 [workers, NOTE_BYTES] in shared memory. outboxes: one for each process that is started.
     """
 
     def __init__(self, pipeline: Iterable, board: torch.Tensor, stacks: str):
         self.pipeline, self.board, self.stacks = pipeline, board, stacks
+        self.outboxes: list[Outbox] = []
+        self.outbox: Outbox | None = None
 
     def __iter__(self) -> Iterator:
         try:
-            yield from self.pipeline
+            for item in self.pipeline:
+                yield item if self.outbox is None or not isinstance(item, Batch) else self.outbox.packed(item)
         except Exception as error:
             yield _Failure(_portable(error), traceback.format_exc())
 
@@ -134,6 +140,7 @@ def _start(worker: int) -> None:
     torch.set_num_threads(1)
     guarded: Any = get_worker_info().dataset  # type: ignore[union-attr]
     _note = memoryview(guarded.board[worker].numpy())
+    guarded.outbox = guarded.outboxes[worker]
     if guarded.stacks:
         faulthandler.register(signal.SIGQUIT, open(guarded.stacks, "a"), all_threads=True)  # noqa: SIM115
 
@@ -173,8 +180,10 @@ class WorkerLoader:
             raise ValueError(f"data.prefetch is {prefetch}: at least 1 micro-batch")
         self.workers, self.patience = workers, patience
         self._board = torch.zeros(max(workers, 1), NOTE_BYTES, dtype=torch.uint8).share_memory_()
+        self._guarded = _Guarded(pipeline, self._board, patience.stacks)
+        self._kept: Inbox | None = None
         self._loader: DataLoader[Any] = DataLoader(
-            _Guarded(pipeline, self._board, patience.stacks),
+            self._guarded,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prepared(workers, prefetch, ahead) // workers if workers else None,
@@ -186,7 +195,8 @@ class WorkerLoader:
         )
 
     def __iter__(self) -> Iterator:
-        iterator = self._started()
+        inbox = self._kept or Inbox()
+        iterator = self._started(inbox)
         for number in itertools.count():
             try:
                 item = self._next(iterator, number)
@@ -244,14 +254,19 @@ class WorkerLoader:
         note = bytes(self._board[worker].numpy()).partition(b"\0")[0].decode("utf-8", "replace")
         return f", at {note}" if note else ""
 
-    def _started(self) -> Iterator:
+    def _started(self, inbox: Inbox) -> Iterator:
         # Ctrl-C and SLURM's TERM reach the whole process group; the training process decides what happens, and stops
         # its loaders itself. They inherit the mask, so that neither signal ends one, however early it comes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         on_child = signal.getsignal(signal.SIGCHLD)
+        if inbox is not self._kept:
+            self._guarded.outboxes = inbox.outboxes(self.workers)
+        if self._loader.persistent_workers:
+            self._kept = inbox
         try:
             return iter(self._loader)
         finally:
+            self._guarded.outboxes = []
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             # torch's would raise in the middle of a step where a loader has died; here that is seen when an item is
             # due, at the same place on all ranks.

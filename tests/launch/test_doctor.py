@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.config import Source
+from data_pipeline.stages.handover import piece_bytes
 from launch import checks, inputs, memory
 from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
@@ -262,11 +263,12 @@ def test_gpu_and_driver_are_reported_here():
 def test_shared_memory_holds_all_that_the_loaders_prepare(monkeypatch):
     config = RunConfig()
     config.train.global_batch, config.train.micro_batch, config.data.workers = 32_768, 64, 8
-    image = 3 * 224 * 224
+    piece = piece_bytes(64 * 3 * 224 * 224)
     # 64 micro-batches per rank and step: two steps' are more than what 8 workers prepare with the least prefetch.
-    assert memory.loader_bytes(config, world=8, local=8) == 8 * (2 * 64) * 64 * image
+    # Eight more are being made, and 64 are in use.
+    assert memory.loader_bytes(config, world=8, local=8) == 8 * (2 * 64 + 8 + 64) * piece
     config.train.global_batch, config.train.micro_batch = 512, 64
-    assert memory.loader_bytes(config, world=8, local=4) == 4 * (8 * config.data.prefetch) * 64 * image
+    assert memory.loader_bytes(config, world=8, local=4) == 4 * (8 * config.data.prefetch + 8 + 1) * piece
     config.data.workers = 0
     assert memory.loader_bytes(config, world=8, local=8) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
