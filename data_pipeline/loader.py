@@ -77,7 +77,7 @@ def train_loader(
     Raises ValueError where the batch cannot be shared out; while iterating, for a shard that is not the manifest's.
     """
     share = share_of(rank, world, order.batch, micro_batch, start_step, stop_step)
-    readers = Readers(manifests, config)
+    readers = Readers(manifests, config, share.lanes(order.batch, order.lanes))
     return _pipeline(
         config,
         Collate(tokenizer, extras),
@@ -162,7 +162,7 @@ def eval_loader(
     """
     positions = sequential([shard.nsamples for shard in manifest.shards])
     own = positions[rank * len(positions) // world : (rank + 1) * len(positions) // world]
-    return sample_loader(config, Readers([manifest], config), own, tokenizer, batch=batch, keep=keep)
+    return sample_loader(config, Readers([manifest], config, lanes=1), own, tokenizer, batch=batch, keep=keep)
 
 
 def sample_loader(

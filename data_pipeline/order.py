@@ -247,6 +247,10 @@ class Moved:
     def batch(self) -> int:
         return self.order.batch
 
+    @property
+    def lanes(self) -> int:
+        return self.order.lanes
+
     def rows(self, step: int, start: int, stop: int) -> list[Position]:
         """Rows [start, stop) of the batch of `step`."""
         return self.order.rows(step + self.by, start, stop)

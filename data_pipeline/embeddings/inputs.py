@@ -74,7 +74,7 @@ class ShardInput(Input):
         return sequential([shard.nsamples for shard in self.manifest.shards])
 
     def readers(self, config: DataConfig) -> RawReader:
-        return Readers([self.manifest], config)
+        return Readers([self.manifest], config, lanes=1)
 
 
 class FolderInput(Input):

@@ -91,7 +91,7 @@ class FetchAhead(threading.Thread):
                 shard = place.source, place.shard
                 if shard in asked:
                     continue
-                while len(asked) >= self.readers.most_open:
+                while len(asked) >= 2 * self.readers.most_open:  # of the present groups, and of the next ones
                     del asked[next(iter(asked))]
                 asked[shard] = None
                 with suppress(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -24,14 +25,26 @@ class RawReader(Protocol):
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]: ...
 
 
-class Readers:
-    """Raw samples of several manifests by (source, shard, index); the shards read last stay open."""
+def most_open(lanes: int, shuffle_shards: int, sources: int) -> int:
+    """Shards that stay open: a group of each lane and source, within what a process may open.
 
-    def __init__(self, manifests: Sequence[Manifest], config: DataConfig):
+    A lane may begin within a shard, so a group may have a part of one shard more.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    groups = lanes * (shuffle_shards + 1) * sources
+    return groups if allowed == resource.RLIM_INFINITY else min(groups, allowed // 2)
+
+
+class Readers:
+    """Raw samples of several manifests by (source, shard, index); the shards read last stay open.
+
+    lanes: how many of an order's lanes are read, which bounds how many shards stay open; all of them by default.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], config: DataConfig, lanes: int | None = None):
         self.manifests, self._names = manifests, shard_names(manifests)
         self._store = open_store(config)
-        # As many as the groups that all lanes shuffle at a time, within what a process may open.
-        self.most_open = min(256, 2 * config.lanes * config.shuffle_shards * len(manifests))
+        self.most_open = most_open(lanes or config.lanes, config.shuffle_shards, len(manifests))
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
 
     def raw(self, source: int, shard: int, index: int) -> dict[str, Any]:

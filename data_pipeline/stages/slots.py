@@ -69,6 +69,12 @@ class Share:
     start_step: int
     stop_step: int
 
+    def lanes(self, global_batch: int, lanes: int) -> int:
+        """How many of the lanes of a global batch have rows in this share."""
+        rows = global_batch // lanes
+        first, last = self.first * self.micro_batch, (self.first + self.count) * self.micro_batch - 1
+        return last // rows - first // rows + 1
+
     def micro_batches(self) -> Iterator[tuple[int, int, range]]:
         """Step, micro-batch index and rows of the global batch, in order."""
         for step in range(self.start_step, self.stop_step):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
+from data_pipeline.order import build_order
 from data_pipeline.stages.readers import Readers
+from data_pipeline.stages.slots import share_of
 from data_pipeline.storage.manifest import Manifest
 from tests.support.server import serve
 from tests.support.tars import describe, write_tar
@@ -61,3 +63,25 @@ def test_case_11_a_missing_local_shard_is_named_at_once(tmp_path: Path) -> None:
     Path(shard.url).unlink()
     with pytest.raises(ValueError, match=r"a\.tar of the manifest does not exist"):
         readers(Manifest((shard,), {}, "here"), tmp_path / "cache").raw(0, 0, 0)
+
+
+def test_a_rank_keeps_the_shards_of_its_own_lanes_open_and_opens_each_once(tmp_path: Path) -> None:
+    lanes, group, samples, world = 8, 2, 6, 4
+    tars = [[(f"{n}.txt", b"text") for n in range(samples)]] * (lanes * group * 2)
+    shards = tuple(describe(write_tar(tmp_path / f"{n}.tar", pairs)) for n, pairs in enumerate(tars))
+    manifest = Manifest(shards, {}, "here")
+    order = build_order([manifest], [1.0], lanes, lanes, 0, group)
+    for rank in range(world):
+        share = share_of(rank, world, lanes, 1, 0, order.steps_per_epoch)
+        own = Readers([manifest], DataConfig(lanes=lanes, shuffle_shards=group), share.lanes(lanes, lanes))
+        assert own.most_open == lanes // world * (group + 1)
+        read, seen, opened = [], set(), 0
+        for step, _, rows in share.micro_batches():
+            for place in order.rows(step, rows.start, rows.stop):
+                before = set(own._open)
+                own.raw(place.source, place.shard, place.index)
+                opened += len(set(own._open) - before)
+                seen.add(place.shard)
+                read.append(len(own._open))
+        assert opened == len(seen) == lanes // world * group * 2
+        assert max(read) == own.most_open

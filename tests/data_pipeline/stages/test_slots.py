@@ -23,6 +23,15 @@ def test_ranks_share_every_row_of_every_step(world: int, micro_batch: int, count
     assert sum(map(len, ranks)) == steps * world * count
 
 
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
+def test_a_share_knows_how_many_lanes_it_reads(world: int, micro_batch: int, count: int, lanes: int) -> None:
+    batch = world * micro_batch * count * lanes
+    for rank in range(world):
+        share = share_of(rank, world, batch, micro_batch, 0, 1)
+        rows = [row for _, _, rows in share.micro_batches() for row in rows]
+        assert share.lanes(batch, lanes) == len({row // (batch // lanes) for row in rows})
+
+
 @pytest.mark.parametrize(
     ("batch", "micro_batch", "world", "message"),
     [
