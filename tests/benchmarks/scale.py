@@ -8,7 +8,6 @@ are timed for 10 billion samples in 100,000 shards, by CPU time.
     order     seek and step of a rank: seconds and memory
     manifest  100,000 shards: reading it, memory, names
     shard     opening one of 10,000 samples whose index is kept
-    readers   a rank reads ten steps of 576 shards of 1,000 samples: how often it opens one, and memory
 """
 
 from __future__ import annotations
@@ -28,12 +27,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from data_pipeline.order import Order, build_order
-from data_pipeline.stages.readers import Readers, most_open
+from data_pipeline.order import Order
+from data_pipeline.stages.readers import most_open
 from data_pipeline.stages.slots import shard_names, share_of
-from data_pipeline.storage.kept_index import read_hashed
-from data_pipeline.storage.manifest import KIND, Manifest, Shard, load_manifest
+from data_pipeline.storage.manifest import KIND, Shard, load_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
 from launch.memory import GB, loss_bytes
 from train import distributed
@@ -68,8 +65,6 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "order", order_of(ranks, batch, lanes)
     yield "manifest", manifest_of()
     yield "shard", opening_of(10_000)
-    for ranks, batch, lanes in ((1, 256, 8), (8, 256, 8), (8, 512, 512)):
-        yield "readers", readers_of(ranks, batch, lanes)
 
 
 class Wire:
@@ -220,41 +215,6 @@ def opening_of(samples: int) -> dict[str, Any]:
         "samples": samples,
         "first_s": round(seconds[0], 3),
         "again_s": round(again, 3),
-        "memory_mb": round(held, 1),
-    }
-
-
-def readers_of(ranks: int, batch: int, lanes: int) -> dict[str, Any]:
-    """Every shard is the same file, under names of its own."""
-    samples, shards, steps = 1000, 576, 10
-    with tempfile.TemporaryDirectory() as directory:
-        with ShardWriter(directory, "part", max_samples=samples) as writer:
-            for number in range(samples):
-                writer.write(f"{number:08d}", {"jpg": b"0", "txt": b"a caption"})
-        path = Path(writer.paths[0])
-        sha256, paths = hashlib.sha256(path.read_bytes()).hexdigest(), [path]
-        for number in range(1, shards):
-            paths.append(path.with_name(f"part-{number:06d}.tar"))
-            paths[-1].write_bytes(path.read_bytes())
-            read_hashed(paths[-1])  # so that its index is kept
-        size = path.stat().st_size
-        manifest = Manifest(tuple(Shard(str(one), samples, size, sha256) for one in paths), {}, directory)
-        order = build_order([manifest], [1.0], batch, lanes, 0, 8)
-        share = share_of(0, ranks, batch, batch // ranks, 0, steps)
-        config = DataConfig(lanes=lanes, shuffle_shards=8)
-        before = memory_mb()
-        readers, opened = Readers([manifest], config, share.lanes(batch, lanes)), []
-        with mock.patch.object(readers._store, "open", side_effect=readers._store.open, autospec=True) as opening:
-            for step, _, rows in share.micro_batches():
-                for place in order.rows(step, rows.start, rows.stop):
-                    readers.raw(place.source, place.shard, place.index)
-                opened.append(opening.call_count)
-        held = memory_mb() - before
-    return {
-        "ranks": ranks,
-        "lanes": lanes,
-        "shards_open": readers.most_open,
-        "opened_in_all": opened[-1],
         "memory_mb": round(held, 1),
     }
 
