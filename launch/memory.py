@@ -63,13 +63,19 @@ class Plan:
             state, working = state - gradients, max(working, RESERVE * gradients)
         return RESERVE * state + working + self.loss + LIBRARIES
 
+    @property
+    def snapshot(self) -> int:
+        """Bytes of the host of rank 0, beside `total`, from which checkpoints are written (train.saving)."""
+        return 4 * (1 + self.ema) * self.parameters + 8 * self.learning
+
     def in_words(self) -> str:
         """The whole of each engine, and its parts."""
         whole = [self.total(stage) / GB for stage in range(4)]
         return (
             f"{self.parameters / 1e6:.0f} M parameters; each of {self.world} rank(s): {whole[0]:.1f} GB under DDP, "
             f"{whole[1]:.1f}/{whole[2]:.1f}/{whole[3]:.1f} under ZeRO-1/2/3; of that, under DDP, state "
-            f"{self.state(0) / GB:.1f}, activations {self.activations / GB:.1f}, loss {self.loss / GB:.2f}"
+            f"{self.state(0) / GB:.1f}, activations {self.activations / GB:.1f}, loss {self.loss / GB:.2f}; "
+            f"beside it rank 0's host {self.snapshot / GB:.1f} GB, to write checkpoints while training goes on"
         )
 
     def smallest_stage(self, memory: float) -> int | None:

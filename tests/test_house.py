@@ -24,6 +24,7 @@ ROWS = (
     ("data_pipeline.loader", "data_pipeline.commands", "train.terms"),
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
+    ("train.saving",),
     ("train.step", "train.account", "train.speed", "train.evaluation", "train.init", "train.parent"),
     ("train.report", "train.begin"),
     ("train.evaluate", "train.checks", "train.export"),

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class News(NamedTuple):
     """What has happened on all ranks in a step.
 
-    signals, unwritten: ranks that have got a signal, or cannot write a log. digests: which sample was in which row of
-    the global batch, by the names of shards and samples, and by the content of the shards. tally: for `Tally.add`.
+    signals, unwritten: ranks that have got a signal, or could not write a log or a checkpoint. digests: which sample
+    was in which row of the global batch, by the names of shards and samples, and by the content of the shards. tally:
+    for `Tally.add`.
     """
 
     bad_samples: int
@@ -37,7 +38,8 @@ def agree(
     bad = sum(len(batch.bad) for batch in micro_batches)
     digests = [sum(getattr(batch, name) for batch in micro_batches) for name in ("digest", "content")]
     signed = [(digest + 2**63) % 2**64 - 2**63 for digest in digests]  # modulo 2^64, as int64
-    own = [bad, bool(run.stop.name), bool(run.tracker.problem), *signed, *run.tally.count(micro_batches)]
+    unwritten = bool(run.tracker.problem or run.saver.failed)
+    own = [bad, bool(run.stop.name), unwritten, *signed, *run.tally.count(micro_batches)]
     own_on_device = torch.tensor(own, dtype=torch.int64).to(run.engine.device, non_blocking=True)
     on_device = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     counts, *values = distributed.to_host([distributed.all_reduce_sum(own_on_device), *on_device.values()])
@@ -57,12 +59,14 @@ def account(run: Run, micro_batches: Sequence[MicroBatch], metrics: dict, news: 
         The signal for which all ranks stop, "" for none.
 
     Raises:
-        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`, or where a log cannot be written.
+        ValueError: on all ranks, over `data.max_bad_fraction` or `train.max_skipped`, or where a log or a
+            checkpoint could not be written.
         RuntimeError: on all ranks, where samples that were assigned are neither trained nor replaced.
     """
     config, state = run.config, run.state
     if news.unwritten:
         run.tracker.check()
+        run.saver.check()
     run.tally.add(state.step, news.tally)
     state.step += 1
     state.samples_seen += config.train.global_batch

@@ -12,7 +12,7 @@
     checkpoints/best             name of the best one, by `checkpoint.best`
 
 A checkpoint is written under a temporary name, hashed, synced to disk and renamed; then `latest` moves; then old ones
-leave. Format 1, which is still read, had neither `text` nor `tokenizer`.
+leave (train.saving). Format 1, which is still read, had neither `text` nor `tokenizer`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.storage.files import sha256_of, sync, write_atomically
+from data_pipeline.storage.files import sha256_of
 from train import cli, distributed
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
@@ -103,33 +100,6 @@ class Tensors:
     """AdamW's moments; empty before the first update."""
     ema: dict[str, Tensor]
     """Moving average of the weights; empty without `optim.ema`."""
-
-
-def save(
-    run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
-) -> Path:
-    """Write a checkpoint of this step and drop the oldest over `checkpoint.keep`; a collective.
-
-    Args:
-        text_files: of the text encoder and its tokenizer, from `train.model.text_files` or `saved_text_files`.
-
-    Raises:
-        ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
-    """
-    assert not any("_orig_mod." in name for name in tensors.model), "hand the names of the plain model, not compiled"
-    target = _root(run_dir) / f"step_{state.step:08d}"
-    problem = None
-    if distributed.is_main():
-        try:
-            _sweep(run_dir)
-            _write(target, tensors, state, config, text_files)
-            _prune(target, config.checkpoint.keep)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(_part(target), ignore_errors=True)
-            problem = f"checkpoint {target} could not be written: {error}; free or mend the disk and start again"
-    if problem := distributed.broadcast_object(problem):
-        raise ValueError(problem)
-    return target
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -224,6 +194,27 @@ def find(run: str | Path, step: str = "") -> Path:
     raise ValueError(f"step {step}: {run} has no such checkpoint{hint}. There are: {there}")
 
 
+def path_of(run_dir: Path, step: int) -> Path:
+    """Where a run has the checkpoint of a step, if there is one."""
+    return _root(run_dir) / f"step_{step:08d}"
+
+
+def unfinished(target: Path) -> Path:
+    """Where a checkpoint is while it is not complete, or no longer."""
+    return target.with_name(f".{target.name}.part")
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Renamed, so complete, checkpoints; newest first.
+
+    Raises:
+        OSError: the directory cannot be read, where `Path.glob` would find nothing.
+    """
+    root = _root(run_dir)
+    names = _patiently(partial(os.listdir, root)) if root.exists() else []
+    return sorted((root / name for name in names if re.fullmatch(r"step_.{8}", name)), reverse=True)
+
+
 def best(run_dir: Path) -> str:
     """Name of the checkpoint that is marked as the best one; empty where none is."""
     path = _root(run_dir) / BEST
@@ -232,24 +223,7 @@ def best(run_dir: Path) -> str:
 
 def steps(run_dir: Path) -> list[int]:
     """Steps of which there is a complete checkpoint, in order."""
-    return [int(path.name.removeprefix("step_")) for path in reversed(_complete(run_dir))]
-
-
-def mark_best(run_dir: Path, step: int, keep: int) -> None:
-    """Name the checkpoint of this step the best one, which retention leaves; the one before it may go. A collective.
-
-    Raises:
-        ValueError: on all ranks, where the directory cannot be written.
-    """
-    problem = ""
-    if distributed.is_main():
-        try:
-            write_atomically(_root(run_dir) / BEST, f"step_{step:08d}\n")
-            _prune(_root(run_dir) / f"step_{step:08d}", keep)
-        except OSError as error:
-            problem = f"{_root(run_dir) / BEST} could not be written: {error}; free or mend the disk and start again"
-    if problem := distributed.broadcast_object(problem):
-        raise ValueError(problem)
+    return [int(path.name.removeprefix("step_")) for path in reversed(complete(run_dir))]
 
 
 def load_model(run_dir: str | Path, step: str = "") -> tuple[PairModel, RunConfig]:
@@ -300,24 +274,8 @@ def _root(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def _part(target: Path) -> Path:
-    """Where a checkpoint is while it is not complete, or no longer."""
-    return target.with_name(f".{target.name}.part")
-
-
-def _complete(run_dir: Path) -> list[Path]:
-    """Renamed, so complete, checkpoints; newest first.
-
-    Raises:
-        OSError: the directory cannot be read, where `Path.glob` would find nothing.
-    """
-    root = _root(run_dir)
-    names = _patiently(partial(os.listdir, root)) if root.exists() else []
-    return sorted((root / name for name in names if re.fullmatch(r"step_.{8}", name)), reverse=True)
-
-
 def _newest_whole(run_dir: Path) -> Path | None:
-    found = _complete(run_dir)
+    found = complete(run_dir)
     damaged = []
     for path in found:
         if not (damage := verify(path)):
@@ -348,47 +306,3 @@ def _patiently(read: Callable[[], T]) -> T:
 
 def _format(path: Path) -> int:
     return json.loads(_patiently((path / "state.json").read_bytes))["format"]
-
-
-def _write(
-    target: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
-) -> None:
-    temporary = _part(target)
-    temporary.mkdir(parents=True)
-    for part in fields(Tensors):
-        save_file(getattr(tensors, part.name), temporary / f"{part.name}.safetensors")
-    versions = {"torch": str(torch.__version__), "transformers": version("transformers")}
-    content = {"format": FORMATS[-1], "state": asdict(state), **versions}
-    (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
-    (temporary / "config.yaml").write_text(cli.to_yaml(config))
-    for name, text in text_files.items():
-        (temporary / name).parent.mkdir(exist_ok=True)
-        (temporary / name).write_bytes(text)
-    hashes = {name: sha256_of(temporary / name) for name in (*FILES, *text_files)}
-    (temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
-    for path in [*(temporary / name for name in (*hashes, HASHES)), *(p for p in temporary.rglob("*") if p.is_dir())]:
-        sync(path)
-    sync(temporary)
-    if target.exists():  # the same step again, after a restart from an older one
-        shutil.rmtree(target)
-    temporary.rename(target)
-    write_atomically(target.with_name("latest"), target.name + "\n")
-    sync(target.parent)
-
-
-def _sweep(run_dir: Path) -> None:
-    """Drop what an interrupted save or removal left; before a save, which may need the room and the names."""
-    for path in _root(run_dir).glob(".step_*.part"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _prune(target: Path, keep: int) -> None:
-    """Drop what is older than the `keep` newest up to `target`, which was just saved; the best one stays.
-
-    Later ones, which can only be there because they were passed over as damaged, must not push it out.
-    """
-    spared = best(target.parent.parent)
-    kept = [path for path in _complete(target.parent.parent) if path.name <= target.name]
-    for path in [path for path in kept[keep:] if path.name != spared] if keep else []:
-        # First out of the name that marks it complete: an interrupted removal must not look like a checkpoint.
-        shutil.rmtree(path.rename(_part(path)))

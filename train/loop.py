@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from data_pipeline.loader import LoaderFailure, MicroBatch, Patience
 from data_pipeline.seeds import model_seed
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
-from train import checkpoint, distributed
+from train import distributed
 from train.account import account, agree
 from train.begin import beginning
-from train.checkpoint import Tensors, TrainState
+from train.checkpoint import TrainState
 from train.checks import check, hints
 from train.config import RunConfig
 from train.engine.balance import Balance
@@ -46,6 +46,8 @@ from train.run.tally import Tally, replaced_rows
 from train.run.tracker import Tracker
 from train.run.version import code_version
 from train.run.watch import PATIENCE, Watch
+from train.saving.saver import Saver
+from train.saving.write import mark_best
 from train.speed import Speed
 from train.step import training_step
 from train.timing import StepClock
@@ -68,7 +70,7 @@ class Run:
     batches: Iterable[MicroBatch]
     suite: Suite
     encoder: Encoder
-    text_files: Mapping[str, bytes]
+    saver: Saver
     best: Best
     tracker: Tracker
     stop: StopRequest
@@ -96,7 +98,9 @@ def run(config: RunConfig) -> int:
             return 0
         check(config, distributed.world_size())
         with Watch(directory, timeout_seconds(), stop) as watch, StepClock(accelerator.device) as clock:
-            return train(build(config, accelerator, directory, stop, watch, clock))
+            built = build(config, accelerator, directory, stop, watch, clock)
+            with built.saver:
+                return train(built)
 
 
 def train(run: Run) -> int:
@@ -111,7 +115,7 @@ def train(run: Run) -> int:
     clock, saved = time.perf_counter(), state.step
     found = held_out(run, overdue(run))
     if improved(run, found):
-        checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
+        mark_best(run.directory, state.step, config.checkpoint.keep)
     if (config.init or config.parent.run) and not state.step:
         held_out(run, run.suite.tasks)  # what it starts from
     while state.step < run.steps and not run.best.exhausted:
@@ -122,6 +126,7 @@ def train(run: Run) -> int:
         except (ValueError, LoaderFailure):
             if state.step > saved:
                 save(run)
+            run.saver.wait()
             raise
         if micro_batches is None:
             return leave(run, run.stop.name or "a signal to another rank", saved)
@@ -150,28 +155,26 @@ def train(run: Run) -> int:
         better = improved(run, found)
         done = state.step == run.steps or run.best.exhausted
         if done or stopping or better or due(state.step, config.checkpoint.every):
-            save(run)
+            save(run, better)
             saved = state.step
-        if better:
-            checkpoint.mark_best(run.directory, state.step, config.checkpoint.keep)
         if stopping and not done:
             return leave(run, stopping, saved)
         clock = time.perf_counter()
     return finish(run, found)
 
 
-def save(run: Run) -> None:
-    """A checkpoint of the run as it is; a collective. Raises ValueError as checkpoint.save."""
+def save(run: Run, best: bool = False) -> None:
+    """A checkpoint of the run as it is, written while training goes on; a collective. Raises as Saver.save."""
     run.tracker.check()
     run.watch.now(f"saving step {run.state.step}")
-    tensors = collect(run.engine, run.average, run.state)
-    checkpoint.save(run.directory, tensors, run.state, run.config, run.text_files)
+    run.saver.save(run.engine, run.average, run.state, best)
 
 
 def leave(run: Run, signal: str, saved: int) -> int:
     """Stop for a signal, between two steps; the exit status. saved: the step of the newest checkpoint, or 0."""
     if run.state.step > saved:
         save(run)
+    run.saver.wait()
     run.stop.ignore_further()
     saved_at = f"saved at step {run.state.step}; the same command resumes it" if run.state.step else "no step was made"
     run.tracker.finish(EXIT_PREEMPTED, f"{signal}: {saved_at}")
@@ -181,13 +184,14 @@ def leave(run: Run, signal: str, saved: int) -> int:
 def finish(run: Run, found: dict[str, Evaluation]) -> int:
     """Make the evaluations of the finished model that are not `found` yet, write the report, mark the run as done."""
     state, best = run.state, run.best
+    run.saver.wait()
     if best.exhausted:
         run.tracker.message(
             f"train.patience {best.patience}: {best.metric} has not got better since step {best.step}; the run ends"
         )
     last = held_out(run, [name for name in run.suite.tasks if name not in found])
     if improved(run, last):
-        checkpoint.mark_best(run.directory, state.step, run.config.checkpoint.keep)
+        mark_best(run.directory, state.step, run.config.checkpoint.keep)
     found = found | last
     tasks = {
         name: {"task": run.suite.tasks[name].given.task, "metrics": evaluation.metrics}
@@ -260,7 +264,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, wa
         tracker.message(line)
     tally = Tally(feed.order, config.train.global_batch, state.samples, state.step - state.first_step, state.moved_by)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
-    parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, files, best)
+    saver = Saver(directory, config, files, tracker.message)
+    parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, saver, best)
     speed = Speed(config, directory, clock, engine.module, engine.precision, feed.steps, tracker.message)
     return Run(config, directory, *parts, tracker, stop, watch, tally, speed)
 
@@ -273,12 +278,6 @@ def shared_images(feed: Feed, suite: Suite) -> list[str]:
         return overlap.warnings(feed.manifests, suite.manifests())
     except (OSError, ValueError) as error:  # no reason for this rank to leave the others
         return [f"warning: held-out images were not looked for among the training images: {error}"]
-
-
-def collect(engine: Engine, average: WeightAverage, state: TrainState) -> Tensors:
-    """What a checkpoint holds of a prepared engine; notes its updates in `state`; a collective."""
-    state.updates = engine.updates()
-    return Tensors(model=engine.weights(), optimizer=engine.moments(), ema=average.state())
 
 
 def held_out(run: Run, names: Iterable[str]) -> dict[str, Evaluation]:

@@ -20,6 +20,7 @@ from train import checkpoint
 from train.checkpoint import FILES, Tensors, TrainState
 from train.model.pair import build_model
 from train.model.pretrained import read_state_dict
+from train.saving.write import save
 
 
 class Canary:
@@ -66,7 +67,7 @@ def test_case_17_a_text_tower_is_not_unpickled(canary, tmp_path) -> None:
 def test_case_17_a_checkpoint_is_not_unpickled(name, canary, tmp_path) -> None:
     weights = {"w": torch.zeros(3)}
     text = {"text/config.json": b"{}", "tokenizer/tokenizer_config.json": b"{}"}
-    path = checkpoint.save(tmp_path, Tensors(weights, weights, weights), TrainState(), small_config(tmp_path), text)
+    path = save(tmp_path, Tensors(weights, weights, weights), TrainState(), small_config(tmp_path), text)
     torch.save({"w": Canary(canary)}, path / name)
     hashes = json.loads((path / "sha256.json").read_text())
     hashes[name] = hashlib.sha256((path / name).read_bytes()).hexdigest()

@@ -134,6 +134,7 @@ def test_gradients_of_one_part_come_as_its_activations_go():
     assert replace(one, parts=2).total(0) == replace(one, world=2).total(0) == pytest.approx(both)
     assert replace(one, activations=0).total(0) == pytest.approx(memory.RESERVE * 16e9 + memory.LIBRARIES)
     assert "each of 1 rank(s): 22.7 GB under DDP" in one.in_words()
+    assert "beside it rank 0's host 12.0 GB, to write checkpoints" in one.in_words()
 
 
 def small(bert: Path, global_batch: int) -> RunConfig:

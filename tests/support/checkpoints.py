@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
-from train import checkpoint, cli
+from train import cli
 from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
 from train.model.text_files import text_files, tokenizer_name
+from train.saving.write import save
 
 MEAN, STD = [0.5, 0.45, 0.4], [0.25, 0.2, 0.3]
 
@@ -26,7 +27,7 @@ def write_run(config: RunConfig, steps: int = 2) -> Path:
         if average:
             average["log_scale"] += 0.5
         state = TrainState(step=step, mean=MEAN, std=STD, data_hash="1234", precision="no", code="abcd")
-        checkpoint.save(directory, Tensors(weights, {}, average), state, config, text_files(model, tokenizer))
+        save(directory, Tensors(weights, {}, average), state, config, text_files(model, tokenizer))
     (directory / "config.yaml").write_text(cli.to_yaml(config))
     return directory
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.engine import precision
+from train.engine.host import HostMemory
 from train.engine.meter import TowerMeter
 from train.engine.start import bound_groups
 
@@ -131,10 +132,14 @@ class Engine(ABC):
         """Put a whole value into the model's parameter; the next update may start from another copy."""
         parameter.copy_(value)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, on the CPU; a collective. Complete on rank 0, empty elsewhere."""
+    def weights(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers by name, on the CPU; a collective. Complete on rank 0, empty elsewhere.
+
+        memory: what they are copied into, over what was copied there before; None: memory of their own.
+        """
         state = self.module.state_dict(keep_vars=True).items()
-        return _on_rank_0((name, self.full_parameter(t) if isinstance(t, nn.Parameter) else t) for name, t in state)
+        whole = ((name, self.full_parameter(t) if isinstance(t, nn.Parameter) else t) for name, t in state)
+        return _on_rank_0(whole, memory)
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Put whole values into the model's parameters, not into the optimizer's copies; a collective."""
@@ -155,15 +160,21 @@ class Engine(ABC):
         assert len(counts) <= 1, f"parameters with different step counts: {sorted(counts)}"
         return counts.pop() if counts else 0
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
         """AdamW's moments as "<parameter>.exp_avg" and "<parameter>.exp_avg_sq", on the CPU; a collective.
 
-        Complete on rank 0, empty elsewhere, and before the first update.
+        Complete on rank 0, empty elsewhere, and before the first update. memory: as of `weights`.
         """
         if self.updates() == 0:
             return {}
         moments = ((name, key, parameter) for name, parameter in self._trainable() for key in MOMENTS)
-        return _on_rank_0((f"{name}.{key}", self._moment(parameter, key)) for name, key, parameter in moments)
+        whole = ((f"{name}.{key}", self._moment(parameter, key)) for name, key, parameter in moments)
+        return _on_rank_0(whole, memory)
+
+    def saved_bytes(self, copies: int) -> int:
+        """Of both moments and of so many copies of the weights."""
+        size = sum(_numel(tensor) * tensor.element_size() for tensor in self.module.state_dict(keep_vars=True).values())
+        return copies * size + sum(len(MOMENTS) * 4 * _numel(parameter) for _, parameter in self._trainable())
 
     @abstractmethod
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
@@ -182,7 +193,16 @@ class Engine(ABC):
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
 
-def _on_rank_0(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _on_rank_0(tensors: Iterator[tuple[str, Tensor]], memory: HostMemory | None) -> dict[str, Tensor]:
     """Copies on the CPU, one at a time. All ranks go through the iterator, which may gather; only rank 0 keeps."""
-    keep = distributed.is_main()
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors if keep}
+    keep, copy = distributed.is_main(), memory.copy if memory else _copy
+    return {name: copy(name, value.detach()) for name, value in tensors if keep}
+
+
+def _copy(_: str, tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def _numel(tensor: Tensor) -> int:
+    """Of the whole tensor, where ZeRO-3 has left a part of it here."""
+    return getattr(tensor, "ds_numel", tensor.numel())

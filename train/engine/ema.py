@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from train.engine.base import Engine
+from train.engine.host import HostMemory
 
 
 class WeightAverage:
@@ -41,12 +42,12 @@ class WeightAverage:
         finally:
             self._swap()
 
-    def state(self) -> dict[str, Tensor]:
-        """The averaged weights by name, on the CPU, on rank 0; empty elsewhere and without EMA. A collective."""
+    def state(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        """The averaged weights by name, as `Engine.weights` gives the others; empty without EMA. A collective."""
         if not self.decay:
             return {}
         with self.applied():
-            return self.engine.weights()
+            return self.engine.weights(memory)
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.engine.base import MOMENTS, Engine
+from train.engine.host import HostMemory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,9 +146,9 @@ class ZeroEngine(Engine):
             if parameter.data.numel() == parameter.ds_numel:
                 parameter.partition()
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
         self._link_moments()
-        return super().moments()
+        return super().moments(memory)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -12,6 +12,7 @@ from train.config import RunConfig
 from train.evaluation import find_task
 from train.evaluation.suite import given_tasks
 from train.run.records import read_history
+from train.saving.write import mark_best
 
 
 class Best:
@@ -91,5 +92,5 @@ def follow(config: RunConfig, directory: Path, step: int) -> Best:
         known = ([{"step": one["step"], metric: one[metric]} for one in records], kept)
     best = Best(config, *distributed.broadcast_object(known))
     if best.step is not None:  # a run that was stopped between the two has saved it and not named it
-        checkpoint.mark_best(directory, best.step, config.checkpoint.keep)
+        mark_best(directory, best.step, config.checkpoint.keep)
     return best

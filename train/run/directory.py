@@ -114,9 +114,9 @@ def _lost_checkpoints(run_dir: Path, config: RunConfig) -> str | None:
     step = max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
     before = cli.load(path)
     every = before.checkpoint.every
-    # A step is logged before it is saved, so that the one after it shows that there was a checkpoint.
+    # A step is logged before it is saved, so that the one after it shows that there was a checkpoint, or one begun.
     is_past = every > 0 and step > (first_step(run_dir, before) // every + 1) * every
-    if not ((checkpoints / "latest").is_file() or is_past):
+    if not ((checkpoints / "latest").is_file() or (is_past and not any(checkpoints.glob(".step_*.part")))):
         return None
     return (
         f"name {config.name}: {run_dir / METRICS} has {step} steps, but there is no checkpoint in {checkpoints}. Put "

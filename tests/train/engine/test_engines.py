@@ -27,10 +27,12 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     from train.checkpoint import TrainState
     from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
+    from train.engine.host import HostMemory
     from train.engine.optim import set_lrs
     from train.engine.start import start
-    from train.loop import collect
     from train.model.pair import build_model
+    from train.saving.saver import collect
+    from train.saving.write import save
     from train.step import training_step
 
     config = make_config(text_tower, LEVELS, global_batch=32)
@@ -57,9 +59,12 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
         state.step += 1
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     average_now = average.state()  # ahead of what gathers the weights: after a step ZeRO-3 has small ones whole
-    tensors = collect(engine, average, state)
+    room = {part: HostMemory() for part in ("model", "optimizer", "ema")}
+    tensors = collect(engine, average, state, room)
     assert all(torch.equal(value, tensors.ema[name]) for name, value in average_now.items())
-    checkpoint.save(Path(target), tensors, state, config, TEXT_FILES)
+    taken = sum(value.nbytes for part in vars(tensors).values() for value in part.values())
+    assert taken == (engine.saved_bytes(copies=2) if distributed.is_main() else 0)
+    save(Path(target), tensors, state, config, TEXT_FILES)
     return results
 
 

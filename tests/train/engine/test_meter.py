@@ -42,8 +42,9 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     from train.engine.build import engine_of_run
     from train.engine.ema import WeightAverage
     from train.engine.optim import set_lrs
-    from train.loop import collect
     from train.model.pair import build_model
+    from train.saving.saver import collect
+    from train.saving.write import save
     from train.step import training_step
 
     model, state = build_model(config, *STATISTICS), TrainState()
@@ -66,7 +67,7 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
         state.step += 1
         run.multipliers.append(balance.multipliers())
         run.weights.append(whole_weights(engine))
-    checkpoint.save(target, collect(engine, average, state), state, config, TEXT_FILES)
+    save(target, collect(engine, average, state), state, config, TEXT_FILES)
     return run
 
 
