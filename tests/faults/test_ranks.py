@@ -249,6 +249,23 @@ def endless(directory: Path, world: int) -> RunConfig:
     return config
 
 
+@FAULTS
+def test_case_13_a_loader_killed_or_stopped_under_one_of_three_ranks_ends_all(fault, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DUET_TIMEOUT", str(TIMEOUT))
+    config = endless(tmp_path, world=3)
+    with forked(config, tmp_path, world=3) as run:
+        running.wait_for_step(config, 3, run)
+        readers = [reader for process in run.processes for reader in psutil.Process(process.pid).children()]
+        assert len(readers) == 3
+        readers[1].send_signal(fault)
+        assert run.wait(TIMEOUT + 15) == [1] * 3
+        assert not gone(readers, 10)
+    said = (tmp_path / "run.log").read_text()
+    assert said.count(f"loader process 0 (pid {readers[1].pid})") == 3 and "lost the other ranks" not in said
+    newest = checkpoint.newest(run_dir(config))
+    assert newest is not None and checkpoint.load_state(newest).step == reached(config), "what was trained is saved"
+
+
 def assert_named(config: RunConfig, said: str, lost: psutil.Process) -> None:
     """The rank that was stopped is named, and there are the stacks of the one that waited for it."""
     assert f"pid {lost.pid}) is stopped; it was " in said
