@@ -152,6 +152,53 @@ def _end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+class _Alarm(threading.Thread):
+    """Kills the loader processes where one was stopped after it had said that an item is there: the item's tensors are
+    then asked of it without a time limit, and only its death ends that.
+
+    Attributes:
+        heard: when torch gave control back last, or an item came; None while none is waited for.
+        said: which process hangs; "" as long as none was killed.
+    """
+
+    def __init__(self, loader: WorkerLoader, iterator: Any):
+        super().__init__(daemon=True)
+        self.loader, self.iterator, self.said, self.number = loader, iterator, "", 0
+        self.began = 0.0
+        self.heard: float | None = None
+        self.off = threading.Event()
+
+    def waits(self, number: int) -> None:
+        """From now on for this item."""
+        self.number, self.began = number, time.monotonic()
+        self.heard = self.began
+
+    def run(self) -> None:
+        while not self.off.wait(POLL_SECONDS):
+            heard, now = self.heard, time.monotonic()
+            if heard is not None and now - heard > 3 * POLL_SECONDS and self._is_due(now - self.began):
+                self.said = self.loader._hang(self.iterator, self._suspect(), now - self.began)
+                _kill(self.iterator)
+                break
+
+    def stop(self) -> None:
+        """No item is waited for any more; it holds the processes no longer."""
+        self.off.set()
+        if self.is_alive():
+            self.join(POLL_SECONDS)
+
+    def _is_due(self, waited: float) -> bool:
+        try:
+            self.loader.patience.check()
+        except BaseException:  # raised again where the item is waited for
+            return True
+        return waited > self.loader.patience.seconds
+
+    def _suspect(self) -> int:
+        stopped = (n for n, process in enumerate(self.iterator._workers) if _state(process.pid) in ("T", "D"))
+        return next(stopped, self.number % self.loader.workers)
+
+
 class WorkerLoader:
     """Iterates over a pipeline in `workers` processes, or in this one where that is 0; None: see number_of_workers.
 
@@ -179,6 +226,8 @@ class WorkerLoader:
         if prefetch < 1:
             raise ValueError(f"data.prefetch is {prefetch}: at least 1 micro-batch")
         self.workers, self.patience = workers, patience
+        # Kept processes are waited for by torch as well, when an iteration begins: that may take longer.
+        self.patient = workers > 0 and not keep
         self._board = torch.zeros(max(workers, 1), NOTE_BYTES, dtype=torch.uint8).share_memory_()
         self._guarded = _Guarded(pipeline, self._board, patience.stacks)
         self._kept: Inbox | None = None
@@ -190,41 +239,54 @@ class WorkerLoader:
             worker_init_fn=_start,
             persistent_workers=keep and workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Kept processes are waited for by torch as well, when an iteration begins: that may take longer.
-            timeout=POLL_SECONDS if workers and not keep else 0,
+            timeout=POLL_SECONDS if self.patient else 0,
         )
 
     def __iter__(self) -> Iterator:
         inbox = self._kept or Inbox()
         iterator = self._started(inbox)
-        for number in itertools.count():
-            try:
-                item = self._next(iterator, number)
-            except StopIteration:
-                return
-            except BaseException:
-                _kill(iterator)
-                raise
-            if isinstance(item, _Failure):
-                del iterator  # with its processes; the traceback would keep it
-                raise item.error from RuntimeError(f"in the data loader:\n{item.trace}")
-            yield item
+        alarm = _Alarm(self, iterator)
+        if self.patient:
+            alarm.start()
+        try:
+            for number in itertools.count():
+                alarm.waits(number)
+                try:
+                    item = self._next(iterator, alarm)
+                except StopIteration:
+                    return
+                except BaseException:
+                    _kill(iterator)
+                    raise
+                alarm.heard = None
+                if isinstance(item, _Failure):
+                    # With its processes; the traceback would keep it.
+                    del iterator, alarm.iterator
+                    raise item.error from RuntimeError(f"in the data loader:\n{item.trace}")
+                yield item
+        finally:
+            alarm.stop()
 
-    def _next(self, iterator: Iterator, number: int) -> Any:
-        """The next item, which is that of this number."""
-        began = time.monotonic()
+    def _next(self, iterator: Iterator, alarm: _Alarm) -> Any:
+        """The next item, for which the alarm waits."""
         while True:
             try:
                 return next(iterator)
-            except RuntimeError as error:
+            except StopIteration:
+                raise
+            except Exception as error:
+                if alarm.said:
+                    self.patience.check()
+                    raise LoaderFailure(alarm.said) from None
                 if "exited unexpectedly" in str(error):
                     raise LoaderFailure(self._death(iterator)) from None
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             self.patience.check()
-            waited = time.monotonic() - began
+            alarm.heard = time.monotonic()
+            waited = time.monotonic() - alarm.began
             if waited > self.patience.seconds:
-                raise LoaderFailure(self._hang(iterator, number % self.workers, waited))
+                raise LoaderFailure(self._hang(iterator, alarm.number % self.workers, waited))
 
     def _death(self, iterator: Any) -> str:
         dead = [(n, process) for n, process in enumerate(iterator._workers) if not process.is_alive()]
@@ -239,9 +301,7 @@ class WorkerLoader:
 
     def _hang(self, iterator: Any, worker: int, waited: float) -> str:
         pid, stacks = iterator._workers[worker].pid, self.patience.stacks
-        state = ""
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = _state(pid)
         if stacks:
             os.kill(pid, signal.SIGQUIT)
             time.sleep(0.5)
@@ -272,6 +332,13 @@ class WorkerLoader:
             # due, at the same place on all ranks.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, on_child)
+
+
+def _state(pid: int) -> str:
+    """Of a process, by its letter in /proc: T is stopped, D waits for a device."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def _kill(iterator: Any) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
+from data_pipeline.stages import workers
 from data_pipeline.stages.workers import LoaderFailure, Patience, WorkerLoader, at, prepared, workers_for
 
 
@@ -54,6 +56,40 @@ def test_case_13_a_loader_that_dies_or_hangs_is_named_with_its_sample(fault, wor
     assert time.monotonic() - began < 20
     if fault == "sleeps":
         assert "in hang" in stacks.read_text()
+
+
+class Stopped:
+    """Gives tensors; its process stops once it has made four of them."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number in range(5):
+            if number == 4:
+                time.sleep(0.3)  # what it made before is on its way
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield torch.full((9,), number)
+
+
+@pytest.mark.parametrize("is_asked", [True, False], ids=["while asked to stop", "in time"])
+def test_case_13_a_loader_that_is_stopped_when_its_tensors_are_fetched_is_named(is_asked, monkeypatch) -> None:
+    """It has said that an item is there, but hands over its memory no more, and torch would wait for ever."""
+
+    class Enough(Exception):
+        pass
+
+    def check() -> None:
+        if is_asked:
+            raise Enough
+
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
+    began = time.monotonic()
+    iterator = iter(WorkerLoader(Stopped(), workers=1, prefetch=4, patience=Patience(600 if is_asked else 0.5, check)))
+    assert next(iterator).tolist() == [0] * 9
+    while psutil.STATUS_STOPPED not in [child.status() for child in psutil.Process().children()]:
+        time.sleep(0.05)  # then three items are waiting, which none has fetched
+    with pytest.raises(Enough if is_asked else LoaderFailure) as failure:
+        list(iterator)
+    assert is_asked or ", which is stopped, has made nothing in" in str(failure.value)
+    assert time.monotonic() - began < 30
 
 
 def test_while_waiting_the_caller_may_give_up(tmp_path: Path) -> None:
