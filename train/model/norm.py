@@ -1,8 +1,9 @@
 """Normalization whose statistics belong to the micro-batch, so that they are the same wherever a micro-batch runs.
 
-Training normalizes by the statistics of the micro-batch and never touches the running ones. While `recording`, each
-micro-batch notes what the running statistics would be after it; once per step `update_running` sets these to the
-mean over all micro-batches of all ranks. A forward that is repeated (cached features, checkpointing) notes nothing.
+Training normalizes by the statistics of the micro-batch and never touches the running ones. Each forward leaves behind
+what the running statistics would be after it; `record` adds that up while `recording`, and once per step
+`update_running` sets the running statistics to the mean over all micro-batches of all ranks. So a forward does the same
+whether it is recorded or repeated (cached features, checkpointing), and one compiled program does for both.
 
 Shapes: B samples, C channels, H height, W width; inputs may also be [B, C] or [B, C, L].
 """
@@ -36,6 +37,7 @@ class MicroBatchNorm(_BatchNorm):
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         self.recording = False
+        self.after: tuple[Tensor, Tensor] | None = None
         self.recorded_count = 0
         self.recorded_sum_2C: Tensor | None = None
 
@@ -47,13 +49,13 @@ class MicroBatchNorm(_BatchNorm):
         # On copies, even where nothing is noted: a recomputed forward has to save the same tensors as the first.
         mean_C, var_C = self.running_mean.clone(), self.running_var.clone()
         y_BCHW = self._normalize(x_BCHW, mean_C, var_C)
-        if self.recording and not _in_backward():
-            self._record(torch.stack((mean_C, var_C)))
+        self.after = mean_C, var_C
         return y_BCHW
 
     def _normalize(self, x_BCHW: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
         """Normalizes by the batch and moves the given running statistics in place."""
-        if _torch_sums_roughly(x_BCHW):
+        # A compiled tower has sums of its own, by Welford's method.
+        if not torch.compiler.is_compiling() and _torch_sums_roughly(x_BCHW):
             return self._normalize_by(_same, x_BCHW, mean_C, var_C)
         return F.batch_norm(x_BCHW, mean_C, var_C, self.weight, self.bias, True, self.momentum, self.eps)
 
@@ -63,12 +65,6 @@ class MicroBatchNorm(_BatchNorm):
         bias_C = torch.zeros_like(mean_C) if self.bias is None else self.bias
         y_BCHW = _Normalize.apply(x_BCHW, weight_C, bias_C, mean_C, var_C, self.momentum, self.eps, total)
         return y_BCHW if x.ndim == 4 else y_BCHW.view_as(x)
-
-    def _record(self, statistics_2C: Tensor) -> None:
-        # In float64 the mean does not show in which order, and on which rank, micro-batches were added.
-        double_2C = statistics_2C if statistics_2C.device.type == "mps" else statistics_2C.double()
-        self.recorded_sum_2C = double_2C if self.recorded_sum_2C is None else self.recorded_sum_2C + double_2C
-        self.recorded_count += 1
 
 
 class GlobalBatchNorm(MicroBatchNorm):
@@ -145,11 +141,6 @@ def _torch_sums_roughly(x_BCHW: Tensor) -> bool:
     return not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
-def _in_backward() -> bool:
-    """Whether this thread is inside a backward pass, so that a forward there recomputes activations."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def convert(module: nn.Module, kind: Norm) -> None:
     """Replaces every BatchNorm inside `module`, in place, keeping weights, statistics and the activation it may hold.
 
@@ -202,7 +193,7 @@ def _norms(module: nn.Module) -> list[MicroBatchNorm]:
 
 @contextmanager
 def recording(module: nn.Module) -> Iterator[None]:
-    """Inside it every training forward is recorded: each micro-batch of a step has to go through it once."""
+    """Inside it `record` adds up; each micro-batch of a step has to be recorded once."""
     norms = _norms(module)
     for norm in norms:
         norm.recording = True
@@ -213,17 +204,21 @@ def recording(module: nn.Module) -> Iterator[None]:
             norm.recording = False
 
 
-@contextmanager
-def not_recording(module: nn.Module) -> Iterator[None]:
-    """Inside it nothing is recorded: for another pass of a micro-batch that is recorded already."""
-    norms = [norm for norm in _norms(module) if norm.recording]
-    for norm in norms:
-        norm.recording = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.recording = True
+def record(module: nn.Module) -> None:
+    """After a training forward of `module`: adds up what it has left behind, where it is being recorded."""
+    norms = [norm for norm in _norms(module) if norm.recording and norm.training]
+    if not norms:
+        return
+    # All of them at once: a ResNet-50 has 53, and each small operation costs a GPU as much as a large one.
+    assert all(norm.after is not None for norm in norms), "a norm that no forward has gone through"
+    statistics = torch.cat([value_C for norm in norms for value_C in norm.after or ()])
+    # In float64 the mean does not show in which order, and on which rank, micro-batches were added.
+    double = statistics if statistics.device.type == "mps" else statistics.double()
+    sums = double.split([2 * norm.num_features for norm in norms])
+    before = [norm.recorded_sum_2C for norm in norms if norm.recorded_sum_2C is not None]
+    for norm, sum_2C in zip(norms, torch._foreach_add(before, sums) if before else sums, strict=True):
+        norm.recorded_sum_2C, norm.after = sum_2C, None
+        norm.recorded_count += 1
 
 
 @torch.no_grad()
@@ -243,9 +238,8 @@ def update_running(module: nn.Module, all_reduce: Callable[[Tensor], Tensor], co
         recorded = norm.recorded_count * world_size()
         # A synchronized norm records once per rank and call, whatever the number of micro-batches.
         assert recorded > 0 and (recorded == count or isinstance(norm, GlobalBatchNorm)), (recorded, count)
-    recorded_sums = [norm.recorded_sum_2C.flatten() for norm in norms if norm.recorded_sum_2C is not None]
+    recorded_sums = [norm.recorded_sum_2C for norm in norms if norm.recorded_sum_2C is not None]
     sums = all_reduce(torch.cat(recorded_sums)).split([2 * norm.num_features for norm in norms])
-    # All of them at once: a ResNet-50 has 53, and each small operation costs a GPU as much as a large one.
     means = torch.cat(torch._foreach_div(sums, [float(norm.recorded_count * world_size()) for norm in norms]))
     running = [running_C for norm in norms for running_C in (norm.running_mean, norm.running_var)]
     moved = torch.where(means.isfinite(), means, torch.cat(running).to(means.dtype))

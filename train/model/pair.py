@@ -21,7 +21,7 @@ from train.config import ModelConfig, RunConfig
 from train.model.backbone import check_eval_size
 from train.model.image import ImageTower
 from train.model.layers import has_dropout, mlp
-from train.model.norm import convert, not_recording
+from train.model.norm import convert, record
 from train.model.text import TextTower
 from train.terms.base import Encoded, Term
 from train.terms.taps import tapped
@@ -177,6 +177,7 @@ class PairModel(nn.Module):
     def _image(self, parts: Sequence[Tensor], wanted: Sequence[Term]) -> dict[str, Tensor]:
         taps = [name for term in wanted for name in term.taps(self, "image")]
         positions, features_BD = tapped(self.image, taps, self.normalized(_joined(parts)))
+        record(self.image)
         outputs = {"image": F.normalize(self.image_projection(features_BD).float(), dim=-1)}
         for term in wanted:
             outputs |= term.from_image(self, Encoded(outputs["image"], features_BD, positions))
@@ -192,8 +193,7 @@ class PairModel(nn.Module):
 
     def other_image_features(self, parts: Sequence[Tensor]) -> Tensor:
         """Other uint8 images [B, 3, H, W] than the pairs' -> the tower's features; not seen by running statistics."""
-        with not_recording(self.image):
-            return self.image(self.normalized(_joined(parts)))
+        return self.image(self.normalized(_joined(parts)))
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] -> what the image tower takes: float, normalized, in channels_last memory."""

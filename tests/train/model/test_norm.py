@@ -74,6 +74,7 @@ def test_one_micro_batch_equals_torch_bitwise(rows, channels, size, momentum, la
         expected = forward_backward(plain, x)
         with norm.recording(ours):
             actual = forward_backward(ours, x)
+            norm.record(ours)
         norm.update_running(ours, own, 1)
         assert_equal_bitwise(actual, expected)
         assert_equal_bitwise(ours.state_dict().values(), plain.state_dict().values())
@@ -90,6 +91,7 @@ def test_channels_last_on_cpu_is_as_exact_as_fp32_can_be(threads):
     try:
         with norm.recording(ours):
             actual = forward_backward(ours, x)
+            norm.record(ours)
         rough = forward_backward(plain, x)
     finally:
         torch.set_num_threads(before)
@@ -118,6 +120,7 @@ def test_running_statistics_move_once_by_the_mean_over_micro_batches(count, step
         with norm.recording(ours):
             for x in batches:
                 ours(x)
+                norm.record(ours)
         assert torch.equal(ours.running_mean, before), "a forward has moved the running statistics"
         norm.update_running(ours, own, count)
         double = [x.double() for x in batches]
@@ -137,6 +140,7 @@ def test_running_statistics_do_not_depend_on_how_micro_batches_are_dealt(order):
         with norm.recording(ours):
             for i in indices:
                 ours(images(2, 16, 3, 3, seed=i))
+                norm.record(ours)
         norm.update_running(ours, own, 8)
         results.append(torch.stack((ours.running_mean, ours.running_var)))
     assert torch.equal(*results)
@@ -148,17 +152,20 @@ def test_replayed_forwards_collect_nothing():
     x = images(4, 5, 3, 3)
     with norm.recording(once):
         once(x)
+        norm.record(once)
     norm.update_running(once, own, 1)
 
     with norm.recording(replayed), torch.no_grad():
         replayed(x)
+        norm.record(replayed)
     first, second = replayed(x), replayed(x)
+    norm.record(replayed)
     (first + second).sum().backward()
     norm.update_running(replayed, own, 1)
     assert_equal_bitwise(replayed.state_dict().values(), once.state_dict().values())
 
 
-def test_recomputation_in_the_backward_pass_collects_nothing_even_while_recording():
+def test_recomputation_in_the_backward_pass_records_nothing():
     plain = plain_norm(5)
     ours = converted(plain, "batch")
     x = images(4, 5, 3, 3)
@@ -169,6 +176,7 @@ def test_recomputation_in_the_backward_pass_collects_nothing_even_while_recordin
     with norm.recording(ours):
         # The sine makes the backward pass need what is inside, so that the forward really runs again.
         y = checkpoint(lambda x: ours(x).sin(), recomputing, use_reentrant=False)
+        norm.record(ours)
         y.sum().backward()
     assert len(calls) == 2
     norm.update_running(ours, own, 1)
@@ -182,11 +190,13 @@ def test_a_step_that_is_not_finite_leaves_the_running_statistics():
     x[0, 1] = torch.inf
     with norm.recording(ours):
         ours(x)
+        norm.record(ours)
     norm.update_running(ours, own, 1)
     assert torch.equal(ours.running_mean[1], before["running_mean"][1])
     assert not torch.equal(ours.running_mean[0], before["running_mean"][0])
     with norm.recording(ours):
         ours(images(2, 3, 2, 2))
+        norm.record(ours)
     norm.update_running(ours, own, 1)
     assert all(value.isfinite().all() for value in ours.state_dict().values())
 
@@ -195,6 +205,7 @@ def test_a_micro_batch_that_was_not_recorded_is_a_programming_error():
     ours = converted(plain_norm(3), "batch")
     with norm.recording(ours):
         ours(images(2, 3, 2, 2))
+        norm.record(ours)
     with pytest.raises(AssertionError):
         norm.update_running(ours, own, 2)
 
@@ -240,6 +251,7 @@ def synchronized(batch: int, dtype: torch.dtype):
     x = (images(batch, 5, 3, 3, dtype=dtype) + 100)[rows].requires_grad_()
     with norm.recording(ours):
         y = ours(x)
+        norm.record(ours)
     (y.float() * weights).sum().backward()
     norm.update_running(ours, all_reduce_sum, batch)
     sums = [all_reduce_sum(parameter.grad) for parameter in (ours.weight, ours.bias)]
@@ -273,6 +285,7 @@ def micro_batches_over_ranks(count: int):
     with norm.recording(ours):
         for i in range(rank() * share, (rank() + 1) * share):
             ours(images(3, 5, 4, 4, seed=i))
+            norm.record(ours)
     norm.update_running(ours, all_reduce_sum, count)
     return ours.running_mean, ours.running_var
 

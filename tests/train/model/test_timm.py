@@ -122,6 +122,7 @@ def test_normalization_is_timms_own(name):
         before = {key: value.clone() for key, value in batch.state_dict().items()}
         with norm.recording(batch):
             features = batch.train()(x)
+            norm.record(batch)
         assert all(torch.equal(value, before[key]) for key, value in batch.state_dict().items())
         norm.update_running(batch, all_reduce_sum, 1)
         close(features, plain.train()(x))
