@@ -86,7 +86,8 @@ def predict(found: Calibration, config: RunConfig, world: int) -> dict[str, floa
     if world > 1 and found.links is None:
         raise ValueError("no link between devices was measured: run it where there are two or more")
     share = train.global_batch // (train.micro_batch * world)
-    towers = share * (found.kept if share <= train.resident else found.cached)
+    kept = share % train.resident or min(share, train.resident)  # the last part of the share
+    towers = kept * found.kept + (share - kept) * found.cached
     loss = found.logit * train.global_batch * (train.global_batch // world)
     exchange = 0.0
     if found.links is not None:
@@ -139,8 +140,9 @@ def calibrate(
         rounds += 1
     median = {shape: statistics.median(found[1:]) for shape, found in times.items()}
     cached = max(0.0, median[3, 1] - median[2, 1])
-    fixed = max(0.0, median[2, 1] - 2 * cached)
-    kept = median[2, 2] - median[1, 1] if (2, 2) in median else median[1, 1] - fixed
+    # Without a second one that is kept there is no telling: three passes of four, by their FLOPs.
+    kept = median[2, 2] - median[1, 1] if (2, 2) in median else 0.75 * cached
+    fixed = max(0.0, median[1, 1] - kept)
     logit, features = _loss(config, engine, clock)
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     alone = number_of_workers(config.data.workers) == 0

@@ -108,6 +108,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     steps_of(config.tracking.profile)
     check_parent(config)
     terms.check(config.model)
+    check_compile(config)
     check_tasks(config)
     check_best(config)
     if processes is not None:
@@ -196,6 +197,20 @@ def check_data(config: RunConfig) -> None:
     train_transform(data)
     eval_transform(data)
     check_captions(data.caption)
+
+
+def check_compile(config: RunConfig) -> None:
+    """Raises ValueError where a tower does what torch.compile has no program for."""
+    image = config.model.image
+    if not config.train.compile:
+        return
+    if image.norm == "sync_batch":
+        raise ValueError(
+            "train.compile true: with model.image.norm sync_batch processes talk to each other inside of the image "
+            "tower; set train.compile to false, or take model.image.norm batch"
+        )
+    if image.checkpointing:
+        raise ValueError("train.compile true does not go with model.image.checkpointing true; set one of them to false")
 
 
 def check_resident(config: RunConfig, processes: int) -> None:

@@ -213,6 +213,9 @@ class TrainConfig:
     resident: int = machine(1)
     """Micro-batches whose activations a process keeps at once. When its share of a step fits, the step is one forward
     pass; else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way."""
+    compile: bool = machine(False)
+    """torch.compile for both towers: one program for images, one for each length of captions in steps of 8 tokens. For
+    long runs, since each takes up to minutes. Rounding differs from that of towers that are not compiled."""
     epochs: float = 1.0
     """Passes over the training data; used where `steps` is 0."""
     steps: int = 0

@@ -1,9 +1,10 @@
 """One optimizer step: the gradient of the loss over the global batch, however many ranks share its micro-batches.
 
 The towers see a micro-batch at a time; the loss sees all rows of the global batch. Where a rank keeps the activations
-of its whole share (`train.resident`), a step is forward, loss, backward. Otherwise features are cached without a graph,
-the loss gives the gradient with respect to the features, and a second forward of each part carries it into the towers
-(GradCache, arXiv 2101.06983). Dropout is seeded per micro-batch, so the second forward repeats the first.
+of its whole share (`train.resident`), a step is forward, loss, backward. Otherwise the share is cut into parts; of all
+but the last the features are cached without a graph, the loss gives the gradient with respect to the features, and a
+second forward of each cached part carries it into the towers (GradCache, arXiv 2101.06983). Dropout is seeded per
+micro-batch, so the second forward repeats the first.
 
 b: rows of this rank.
 """
@@ -41,22 +42,23 @@ def training_step(
     """
     seeds = [micro_batch_seed(config.train.seed, batch.step, batch.index) for batch in micro_batches]
     size = config.train.resident
-    parts = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
-    cached = len(parts) > 1
+    *cached, kept = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
     engine.announce_backward(last=not cached)
     with norm.recording(engine.module), section("forward"):
-        outputs = [engine.features(*part) for part in parts] if cached else [engine.forward(*parts[0])]
+        outputs = [*(engine.features(*part) for part in cached), engine.forward(*kept)]
 
     objective = Objective(config)
     ids = duplicate_ids(micro_batches) if config.loss.mask_duplicates else {}
     with section("loss"):
         losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
 
-    for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), start=1):
-        engine.announce_backward(last=number == len(parts))
+    # First the part whose graph is there already, so that there is never a second one beside it.
+    for number in (len(cached), *range(len(cached))):
+        gradient = gradients[number]
+        engine.announce_backward(last=number == len(cached) - 1 or not cached)
         with section("forward"):
-            output = engine.forward(*part) if cached else outputs[0]
+            output = outputs[-1] if number == len(cached) else engine.forward(*cached[number])
         with section("backward"):
             carrier = torch.stack([(output[name] * value).sum() for name, value in gradient.items()]).sum()
             exchange_from_end_of(carrier)

@@ -25,11 +25,11 @@ def config_of(resident: int) -> RunConfig:
 
 def test_a_step_is_the_sum_of_its_parts():
     one = predict(FOUND, config_of(1), 1)
-    assert one["towers"] == 8 * 1.5 and one["exchange"] == 0 and one["wait"] == 0
-    assert one["step"] == pytest.approx(12 + 0.5 + 1024**2 * 1e-9)
+    assert one["towers"] == 7 * 1.5 + 1.0 and one["exchange"] == 0 and one["wait"] == 0
+    assert one["step"] == pytest.approx(11.5 + 0.5 + 1024**2 * 1e-9)
     assert predict(FOUND, config_of(8), 1)["towers"] == 8 * 1.0, "all of it is kept"
     four = predict(FOUND, config_of(1), 4)
-    assert four["towers"] == 2 * 1.5
+    assert four["towers"] == 1.5 + 1.0
     # Rings: three quarters of 2 x (1 GB of gradients + 1 GB of features' gradients), and of 1 GB of features.
     assert four["exchange"] == pytest.approx(2 * 0.003 + 2 * 0.75 * 2.024 + 0.75 * 1.024 / 2)
 

@@ -201,7 +201,8 @@ def keep_gradients(engine) -> tuple[Tensor, Tensor]:
     """In place of an engine's step: keeps whole gradients as `engine.gradients` and makes no update."""
     parameters = dict(engine.module.named_parameters())
     if not engine.sharded:
-        engine.gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        engine.gradients = {name: parameter.grad.clone() for name, parameter in learning.items()}
         engine.optimizer.zero_grad(set_to_none=True)
         return torch.tensor(0.0), torch.tensor(False)
     from deepspeed.utils import safe_get_full_grad

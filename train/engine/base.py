@@ -85,11 +85,17 @@ class Engine(ABC):
         """The model's outputs for these micro-batches, with their graph."""
         return self.wrapped(micro_batches, seeds)
 
-    @torch.no_grad()
     def features(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> dict[str, Tensor]:
-        """The same outputs without a graph."""
-        with self.autocast():
-            return self.module(micro_batches, seeds)
+        """The same outputs without a graph, to the last bit."""
+        with torch.set_grad_enabled(self.repeats_with_graph), self.autocast():
+            outputs = self.module(micro_batches, seeds)
+        return {name: value.detach() for name, value in outputs.items()}
+
+    @property
+    def repeats_with_graph(self) -> bool:
+        """Whether only a pass that makes a graph is sure to repeat one: without, GPUs choose among other kernels of
+        attention, and a compiled tower is another program. On a CPU the memory of the graph would cost time."""
+        return self.device.type == "cuda" or bool(getattr(self.module, "compiled", False))
 
     def autocast(self) -> AbstractContextManager:
         """The run's precision for forward passes of the bare module, in evaluation too."""

@@ -45,7 +45,16 @@ def build_engine(
 
 
 def engine_of_run(accelerator: Accelerator, model: PairModel, config: RunConfig) -> Engine:
-    """The engine of a run's own model, with AdamW over its parameter groups."""
+    """The engine of a run's own model, with AdamW over its parameter groups; compiled where the config says so.
+
+    Raises:
+        ValueError: as `build_engine`; a model, or a ZeRO stage, that cannot be compiled.
+    """
+    if config.train.compile:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError("train.compile true: zero_stage 3 gathers weights inside of the towers; take 1, 2 or DDP")
+        model.compile_towers()
     return build_engine(
         accelerator,
         model,

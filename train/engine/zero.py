@@ -77,6 +77,11 @@ class ZeroEngine(Engine):
     def inner_optimizer(self) -> torch.optim.Optimizer:
         return self.wrapped.optimizer.optimizer
 
+    @property
+    def repeats_with_graph(self) -> bool:
+        # Stage 3 gathers weights for a backward pass that would not come.
+        return self.stage < 3 and super().repeats_with_graph
+
     def announce_backward(self, last: bool) -> None:
         # Stages 2 and 3 keep no full gradients: they reduce in every backward pass and have no `no_sync`. They are
         # told where the step ends instead.

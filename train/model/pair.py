@@ -29,6 +29,9 @@ from train.terms.taps import tapped
 # Where SigLIP starts (arXiv 2303.15343, section 3.2): most pairs of a batch are negatives, so the bias is low.
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
+PROGRAMS = 256
+"""torch.compile gives up on a tower after so many shapes; captions of 2,048 tokens have as many lengths."""
+
 
 class PairModel(nn.Module):
     """Image tower, text tower, a projection of each, the logit scale, and the heads of the terms of the loss.
@@ -90,6 +93,7 @@ class PairModel(nn.Module):
         for tower in self._locked():
             tower.requires_grad_(False)
         self.step = 0
+        self.compiled: dict[str, nn.Module] = {}  # no child modules: their names would be in checkpoints
         for tower, options in ((self.image, config.image), (self.text, config.text)):
             for parameter in tower.parameters() if options.locked_until > 0 else ():
                 if parameter.requires_grad:
@@ -176,7 +180,7 @@ class PairModel(nn.Module):
 
     def _image(self, parts: Sequence[Tensor], wanted: Sequence[Term]) -> dict[str, Tensor]:
         taps = [name for term in wanted for name in term.taps(self, "image")]
-        positions, features_BD = tapped(self.image, taps, self.normalized(_joined(parts)))
+        positions, features_BD = tapped(self._tower("image"), taps, self.normalized(_joined(parts)))
         record(self.image)
         outputs = {"image": F.normalize(self.image_projection(features_BD).float(), dim=-1)}
         for term in wanted:
@@ -185,7 +189,7 @@ class PairModel(nn.Module):
 
     def _text(self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Term]) -> dict[str, Tensor]:
         taps = [name for term in wanted for name in term.taps(self, "text")]
-        positions, features_BD = tapped(self.text, taps, ids_BL, mask_BL)
+        positions, features_BD = tapped(self._tower("text"), taps, ids_BL, mask_BL)
         outputs = {"text": F.normalize(self.text_projection(features_BD).float(), dim=-1)}
         for term in wanted:
             outputs |= term.from_text(self, Encoded(outputs["text"], features_BD, positions, mask_BL))
@@ -200,6 +204,31 @@ class PairModel(nn.Module):
         # Rearranged while a pixel is one byte.
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last).float()
         return (images_BCHW / 255 - self.mean) / self.std
+
+    def compile_towers(self, backend: str = "inductor") -> None:
+        """From now on training passes go through torch.compile's programs of the towers; evaluation does not.
+
+        A program is made for each shape, whatever came before, so that rounding is a function of the micro-batch.
+
+        Raises:
+            ValueError: a term of the loss reads what layers inside of a tower put out.
+        """
+        for term in self.terms:
+            if any(term.taps(self, tower) for tower in ("image", "text")):
+                raise ValueError(
+                    f"train.compile true: {type(term).__name__} reads layers inside of the towers, which a compiled "
+                    "tower does not show; set train.compile to false, or leave that term out"
+                )
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, PROGRAMS)
+        dynamo.optimize_ddp = False  # else DDP has programs cut at its buckets, and one process has others
+        self.compiled = {
+            name: torch.compile(getattr(self, name), dynamic=False, backend=backend) for name in ("image", "text")
+        }
+
+    def _tower(self, name: str) -> nn.Module:
+        return self.compiled.get(name, getattr(self, name)) if self.training else getattr(self, name)
 
     def log_scales(self) -> list[nn.Parameter]:
         """The parameters that stay within log_scale_range."""

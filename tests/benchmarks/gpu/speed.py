@@ -63,8 +63,7 @@ class Speed:
         for module in (self.bare.model.image, self.bare.model.text):
             module.compile(backend=backend)
         self.plain(first, False)
-        for module in (self.engine.module.image.backbone, self.engine.module.text.encoder):
-            module.compile(backend=backend)
+        self.engine.module.compile_towers(backend)
         self.duet(first, False)
         self.duet(second, False)
         batches = make_step(self.config, second, False, self.engine.device)
