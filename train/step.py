@@ -23,6 +23,7 @@ from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.embedding import embedding_metrics
 from train.loss.gradients import loss_gradients
+from train.loss.products import three_products
 from train.model import norm
 from train.terms.objective import Objective
 from train.timing import exchange_from_end_of, section
@@ -50,7 +51,7 @@ def training_step(
 
     objective = Objective(config)
     ids = duplicate_ids(micro_batches) if config.loss.mask_duplicates else {}
-    with section("loss"):
+    with section("loss"), three_products(engine.precision == "bf16" and engine.device.type == "cuda"):
         losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
 
     # First the part whose graph is there already, so that there is never a second one beside it.

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from train.config import LossConfig
 from train.loss.ids import Ids
-from train.loss.tiled import exact_matmul, tiled_sigmoid, tiled_softmax
+from train.loss.products import exact_matmul
+from train.loss.tiled import tiled_sigmoid, tiled_softmax
 
 CLIP = LossConfig()
 

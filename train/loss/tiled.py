@@ -10,7 +10,6 @@ b: rows of this rank, B: pairs of the global batch, D: features, r and c: rows a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,34 +20,14 @@ from torch.nn import functional as F
 
 from train.config import LossConfig
 from train.loss.ids import Ids
-
-
-@contextmanager
-def exact_matmul(device_type: str) -> Iterator[None]:
-    """Matrix products in the precision of their arguments: no autocast, no TF32 or bf16 inside."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set for a backend by itself, which torch's older functions may not be asked about
-        precision = None
-    # The older function, because it sets both: torch refuses to multiply where the two differ.
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+from train.loss.products import are_three, exact_matmul, matmul_of_parts, parts
 
 
 def tiled_softmax(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, own: slice, config: LossConfig, ids: Ids | None
 ) -> Tensor:
     """The softmax loss of rows `own` in both directions."""
-    options = _Options(own, config.tile, config.label_smoothing, ids)
+    options = _Options(own, config.tile, config.label_smoothing, ids, are_three(image_BD))
     if own.stop - own.start == image_BD.shape[0]:
         return _TiledSoftmax.apply(image_BD, text_BD, scale, options, True)
     from_image = _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, False)
@@ -60,7 +39,7 @@ def tiled_sigmoid(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, own: slice, config: LossConfig, ids: Ids | None
 ) -> Tensor:
     """The sigmoid loss of image rows `own` with all texts."""
-    options = _Options(own, config.tile, config.label_smoothing, ids)
+    options = _Options(own, config.tile, config.label_smoothing, ids, are_three(image_BD))
     return _TiledSigmoid.apply(image_BD[own], text_BD, scale, bias, options)
 
 
@@ -69,6 +48,7 @@ class _Options(NamedTuple):
     tile: int
     smoothing: float
     ids: Ids | None
+    in_three: bool
 
     def even(self, features_BD: Tensor) -> Tensor:
         """[B], 1 / the number of pairs over which the label smoothing of a row spreads."""
@@ -100,6 +80,24 @@ class _Tile(NamedTuple):
         first = self.rows.start + max(0, -self.offset)
         return slice(first, first + self.positives(self.logits_rc).shape[0])
 
+    def add_gradients(
+        self,
+        grad_rc: Tensor,
+        rows_bD: Tensor,
+        columns_BD: Tensor,
+        grad_rows_bD: Tensor,
+        grad_columns_BD: Tensor,
+        in_three: bool,
+    ) -> None:
+        """Adds what the gradient of the logits makes of those of rows and columns."""
+        if not in_three:
+            grad_rows_bD[self.rows].addmm_(grad_rc, columns_BD[self.columns])
+            grad_columns_BD[self.columns].addmm_(grad_rc.T, rows_bD[self.rows])
+            return
+        large_rc, small_rc = parts(grad_rc)
+        grad_rows_bD[self.rows] += matmul_of_parts((large_rc, small_rc), parts(columns_BD[self.columns]))
+        grad_columns_BD[self.columns] += matmul_of_parts((large_rc.T, small_rc.T), parts(rows_bD[self.rows]))
+
 
 def _tiles(rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, options: _Options) -> Iterator[_Tile]:
     """Walks over scale * rows_bD @ columns_BD.T. All tiles share the same memory: each lasts until the next."""
@@ -113,7 +111,10 @@ def _tiles(rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, options: _Options
             columns = slice(j, min(j + options.tile, B))
             shape = rows.stop - rows.start, columns.stop - columns.start
             logits_rc, scratch_rc = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
-            torch.mm(scaled_bD[rows], columns_BD[columns].T, out=logits_rc)
+            if options.in_three:
+                logits_rc.copy_(matmul_of_parts(parts(scaled_bD[rows]), parts(columns_BD[columns].T)))
+            else:
+                torch.mm(scaled_bD[rows], columns_BD[columns].T, out=logits_rc)
             excluded_rc = None if options.ids is None else options.ids.duplicates(in_batch, columns)
             yield _Tile(rows, columns, in_batch.start - columns.start, logits_rc, scratch_rc, excluded_rc)
 
@@ -194,8 +195,7 @@ class _TiledSoftmax(Function):
                 if tile.excluded_rc is not None:
                     grad_rc.masked_fill_(tile.excluded_rc, 0)
                 tile.positives(grad_rc).sub_(directions * (1 - smoothing) * weight)
-                grad_rows_bD[tile.rows].addmm_(grad_rc, columns_BD[tile.columns])
-                grad_columns_BD[tile.columns].addmm_(grad_rc.T, rows_bD[tile.rows])
+                tile.add_gradients(grad_rc, rows_bD, columns_BD, grad_rows_bD, grad_columns_BD, ctx.options.in_three)
         grad_scale = (grad_rows_bD * rows_bD).sum()
         return grad_rows_bD.mul_(scale), grad_columns_BD.mul_(scale), grad_scale, None, None
 
@@ -223,8 +223,7 @@ class _TiledSigmoid(Function):
             tile.positives(costs_rc).sub_((1 - smoothing) * tile.positives(logits_rc))
             losses_b[tile.rows] += costs_rc.sum(1)
             grad_bias += grad_rc.sum()
-            grad_rows_bD[tile.rows].addmm_(grad_rc, columns_BD[tile.columns])
-            grad_columns_BD[tile.columns].addmm_(grad_rc.T, rows_bD[tile.rows])
+            tile.add_gradients(grad_rc, rows_bD, columns_BD, grad_rows_bD, grad_columns_BD, options.in_three)
         grad_scale = (grad_rows_bD * rows_bD).sum()
         ctx.save_for_backward(grad_rows_bD.mul_(scale), grad_columns_BD.mul_(scale), grad_scale, grad_bias)
         return losses_b.mean()

@@ -18,7 +18,7 @@ from tests.support.exactness import relative_error
 from train.config import LossConfig
 from train.loss import full, tiled
 from train.loss.full import contrastive_loss
-from train.loss.tiled import exact_matmul
+from train.loss.products import exact_matmul, matmul_of_parts, parts, three_products
 
 SIZES, TINY = ((512, 4096), (4096, 32768)), ((16, 64),)
 """This rank's rows, and those of the global batch."""
@@ -50,14 +50,15 @@ def run(bench: Bench) -> None:
 def cases(tiles: Sequence[int]) -> list[Case]:
     """Duet's tiles with exact products and with TF32; all own rows at once with products of every precision."""
     contexts = {"fp32": exact_matmul, "TF32": tf32_matmul}
+    in_three = {"three products in bf16": exact_matmul_of_three}
     found = [
         Case(f"tiles of {tile}, {name}", partial(in_tiles, tile), context)
-        for name, context in contexts.items()
+        for name, context in (contexts | in_three).items()
         for tile in tiles
     ]
     for name, context in contexts.items():
         found.append(Case(f"whole rows, {name}", partial(of_own_rows, torch.mm), context))
-    found.append(Case("whole rows, three products in bf16", partial(of_own_rows, three_products), exact_matmul))
+    found.append(Case("whole rows, three products in bf16", partial(of_own_rows, in_three_products), exact_matmul))
     found.append(Case("whole rows, bf16", partial(of_own_rows, bf16_product), exact_matmul))
     return found
 
@@ -133,10 +134,15 @@ def bf16_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def three_products(a: Tensor, b: Tensor) -> Tensor:
-    """Each operand as a sum of two of bf16; the product of the two small parts is left out."""
-    small_a, small_b = a - a.bfloat16(), b - b.bfloat16()
-    return bf16_product(a, b) + bf16_product(a, small_b) + bf16_product(small_a, b)
+def in_three_products(a: Tensor, b: Tensor) -> Tensor:
+    return matmul_of_parts(parts(a), parts(b))
+
+
+@contextmanager
+def exact_matmul_of_three(device_type: str) -> Iterator[None]:
+    """In place of exact_matmul, as it is in runs in bf16."""
+    with exact_matmul(device_type), three_products():
+        yield
 
 
 @contextmanager

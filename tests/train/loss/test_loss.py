@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import LossConfig
 from train.loss.full import contrastive_loss
+from train.loss.products import three_products
 
 ROWS = ["full", "local", "tiled"]
 KINDS = ["softmax", "sigmoid"]
@@ -177,6 +178,26 @@ def test_bf16_features_are_computed_in_fp32(kind, rows):
     assert found[0].dtype == torch.float32 and torch.equal(found[0], expected[0])
     for a, b in zip(found[1:], expected[1:], strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_products_in_bf16_are_as_good_as_they_should_be(kind):
+    B, D = 256, 64
+    image, noise = torch.randn(2, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features = [F.normalize(image, dim=1), F.normalize(0.3 * image + noise, dim=1)]
+    found = {}
+    for name, dtype in (("float64", torch.float64), ("fp32", torch.float32), ("three", torch.float32)):
+        leaves = [value.to(dtype).requires_grad_() for value in features]
+        scale = leaves[0].new_tensor([100.0 if kind == "softmax" else 10.0]).requires_grad_()
+        bias = leaves[0].new_tensor([-10.0]) if kind == "sigmoid" else None
+        with three_products(name == "three"):
+            loss = contrastive_loss(*leaves, scale, bias=bias, config=LossConfig(kind=kind, tile=100), start=40)
+        found[name] = [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, [*leaves, scale]))]
+    errors = {
+        name: max(float((a - b).norm() / b.norm()) for a, b in zip(values, found["float64"], strict=True))
+        for name, values in found.items()
+    }
+    assert 5 * errors["fp32"] < errors["three"] < 1e-4, errors
 
 
 @pytest.mark.parametrize("mask", [False, True])
