@@ -75,6 +75,8 @@ class MicroBatch(Batch):
     """Summed over the global batch, modulo 2^64, it tells which sample was in which row, by name."""
     content: int = 0
     """As `digest`, by the content of the shards: other bytes under the same names make another number."""
+    lengths: list[int] = field(default_factory=list)
+    """One per row: tokens of its caption."""
     sources: list[int] = field(default_factory=list)
     """One per row: which source it comes from; 0 in a stream."""
     views_BCHW: Tensor | None = None

@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.image.lr": (_at_least(0), "0 or more, or null for optim.lr"),
     "model.text.layer_decay": (_above_to_1, "a factor above 0 and at most 1, which is off"),
     "model.text.locked_until": (_at_least(-1), "a step, 0 for from the start, or -1 for never"),
+    "model.text.pieces": (_at_least(1), "at least 1"),
     "model.text.locked_layers": (_at_least(0), "how many layers, 0 is none"),
     "model.text.lr": (_at_least(0), "0 or more, or null for optim.lr"),
     "model.text.positions": (_at_least(0), "tokens, 0 for as many as the encoder comes with"),

@@ -41,6 +41,7 @@ class Collate:
             text_ids_B=text_ids(ids_BL, mask_BL),
             digest=order_digest([slot.row for slot in slots], keys),
             content=order_digest([slot.row for slot in slots], [slot.content for slot in slots]),
+            lengths=mask_BL.sum(1).tolist(),
             sources=[slot.place.source if slot.place else 0 for slot in slots],
             views_BCHW=stacked([sample["view"] for sample in samples]) if self.extras.second_view else None,
             masked_BL=masked_BL,

@@ -22,7 +22,7 @@ from train.model.backbone import check_eval_size
 from train.model.image import ImageTower
 from train.model.layers import has_dropout, mlp
 from train.model.norm import convert, record
-from train.model.text import TextTower
+from train.model.text import TextTower, in_pieces
 from train.terms.base import Encoded, Term
 from train.terms.taps import tapped
 
@@ -147,7 +147,7 @@ class PairModel(nn.Module):
                     with_images = [] if number else list(micro_batches)
                 if with_images:
                     parts.append(self._image([each.images_BCHW for each in with_images], self.terms))
-                parts.append(self._text(batch.ids_BL, batch.mask_BL, self.terms))
+                parts.append(self._text(batch.ids_BL, batch.mask_BL, self.terms, batch.lengths))
                 for term in self.terms:
                     if with_images:
                         parts.append(term.after_images(self, with_images))
@@ -187,9 +187,17 @@ class PairModel(nn.Module):
             outputs |= term.from_image(self, Encoded(outputs["image"], features_BD, positions))
         return outputs
 
-    def _text(self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Term]) -> dict[str, Tensor]:
+    def _text(
+        self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Term], lengths: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
         taps = [name for term in wanted for name in term.taps(self, "text")]
-        positions, features_BD = tapped(self._tower("text"), taps, ids_BL, mask_BL)
+        if lengths and self.config.text.pieces > 1 and not taps:
+            positions, features_BD = (
+                {},
+                in_pieces(self._tower("text"), self.config.text.pieces, ids_BL, mask_BL, lengths),
+            )
+        else:
+            positions, features_BD = tapped(self._tower("text"), taps, ids_BL, mask_BL)
         outputs = {"text": F.normalize(self.text_projection(features_BD).float(), dim=-1)}
         for term in wanted:
             outputs |= term.from_text(self, Encoded(outputs["text"], features_BD, positions, mask_BL))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from data_pipeline.tokenizer import ROUND_TO
 from train.config import TextTowerConfig
 from train.model.layers import group_by_layer, lock, recompute_blocks
 from train.model.open_clip_text import text_config
@@ -108,6 +110,29 @@ class TextTower(nn.Module):
     def layers(self) -> list[list[str]]:
         """Names of all parameters, grouped by layer (embeddings, then one per transformer layer), bottom to top."""
         return group_by_layer(self, self.blocks)
+
+
+def in_pieces(
+    tower: Callable[[Tensor, Tensor], Tensor], pieces: int, ids_BL: Tensor, mask_BL: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Features [B, D] of a micro-batch, sorted by length and cut into pieces, each with no more padding than it needs.
+
+    A function of the micro-batch alone, dropout included. Of 64 captions of the web the longest has three times the
+    tokens of the average one.
+
+    Args:
+        lengths: of each caption, in tokens; on the host, which would have to wait for a GPU to know them.
+    """
+    order_B = mask_BL.sum(1).argsort(stable=True)
+    ids_BL, mask_BL = ids_BL[order_B], mask_BL[order_B]
+    rows, ordered = -(-len(lengths) // pieces), sorted(lengths)
+    features = []
+    for first in range(0, len(ordered), rows):
+        own = slice(first, first + rows)
+        longest = -(-ordered[own][-1] // ROUND_TO) * ROUND_TO
+        features.append(tower(ids_BL[own, :longest], mask_BL[own, :longest]))
+    sorted_BD = torch.cat(features)
+    return torch.zeros_like(sorted_BD).index_copy(0, order_B, sorted_BD)
 
 
 def pooled(encoder: nn.Module, pooling: str, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from train.model.flops import PairFlops, peak_tflops
 from train.step import training_step
 
 SHAPES = (Shape(128, 4, 4), Shape(128, 4, 1), Shape(64, 8, 1), Shape(512, 1, 1), Shape(128, 32, 1))
+PIECES = 4
 TINY = (Shape(4, 2, 2), Shape(4, 2, 1))
 
 
@@ -45,6 +46,10 @@ class Speed:
                 # The bare towers keep nothing between micro-batches: other shapes differ by the update alone.
                 if number in (0, 2, 3):
                     self.plain(shape, ragged)
+        self.config.model.text.pieces = PIECES
+        for shape in self.shapes[:2]:
+            self.duet(shape, True, f"captions in {PIECES} pieces, ")
+        self.config.model.text.pieces = 1
         self.engine = make_engine(self.config, self.precision, nhwc=True)
         self.duet(self.shapes[0], False, "NHWC weights, ")
         torch.backends.cudnn.benchmark = True

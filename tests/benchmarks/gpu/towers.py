@@ -90,7 +90,8 @@ def make_step(config: RunConfig, shape: Shape, ragged: bool, device: torch.devic
             ids_BL = F.pad(batch.ids_BL, (0, max(0, longest - tokens)))[:, :longest] * mask_BL
             batch = replace(batch, ids_BL=ids_BL, mask_BL=mask_BL)
         rows_B = torch.arange(shape.micro) + shape.micro * batch.index
-        different.append(replace(batch, image_ids_B=rows_B, text_ids_B=rows_B).to(device))
+        lengths = batch.mask_BL.sum(1).tolist()
+        different.append(replace(batch, lengths=lengths, image_ids_B=rows_B, text_ids_B=rows_B).to(device))
     train.global_batch = shape.micro * shape.share
     return [replace(different[index % len(different)], index=index) for index in range(shape.share)]
 

@@ -6,7 +6,9 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.support.activations import assert_same, gradients
+from tests.support.exactness import make_batch, make_config, write_text_tower
 from train.config import TextTowerConfig
+from train.model.pair import build_model
 from train.model.text import TextTower
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -122,3 +124,29 @@ def test_fresh_weights_whatever_the_config_says(bert):
     tower = TextTower(TextTowerConfig(name=bert), pretrained=False)
     stored = TextTower(TextTowerConfig(name=bert))
     assert not torch.equal(next(tower.parameters()), next(stored.parameters()))
+
+
+def test_captions_in_pieces_have_the_same_features_and_their_dropout_is_the_micro_batchs_own(tmp_path):
+    config = make_config(write_text_tower(tmp_path), "tiled", global_batch=14, micro_batch=7)
+    batches = make_batch(config)
+    for batch in batches:
+        batch.lengths = batch.mask_BL.sum(1).tolist()
+    whole = build_model(config, (0.5,) * 3, (0.25,) * 3)
+    config.model.text.pieces = 3
+    pieces = build_model(config, (0.5,) * 3, (0.25,) * 3)
+    shapes = []
+    pieces.text.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    both = pieces(batches, [1, 2])["text"]
+    longest = [sorted(batch.lengths)[last] for batch in batches for last in (2, 5, 6)]
+    assert shapes == [(rows, -(-length // 8) * 8) for rows, length in zip((3, 3, 1) * 2, longest, strict=True)]
+    assert torch.equal(pieces(batches[1:], [2])["text"], both[7:]), "dropout depends on what else a process has"
+    assert not torch.equal(pieces(batches[1:], [3])["text"], both[7:])
+    for model in (whole, pieces):
+        model.text.eval()
+    weights = torch.linspace(-1, 1, both.numel()).view_as(both)
+    found = []
+    for model in (whole, pieces):
+        text = model(batches, [1, 2])["text"]
+        found.append((text.detach(), *torch.autograd.grad((text * weights).sum(), list(model.text.parameters()))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
