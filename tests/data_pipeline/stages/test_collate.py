@@ -35,6 +35,7 @@ def test_extras_come_beside_what_there_is_without(tiny_shards: Callable[..., Pat
     assert_equal(seen, plain)
     assert all(batch.views_BCHW is batch.masked_BL is batch.targets_BL is None for batch in plain)
     for batch in seen:
+        assert batch.lengths == batch.mask_BL.sum(1).tolist()
         assert batch.views_BCHW.shape == batch.images_BCHW.shape and batch.views_BCHW.dtype == torch.uint8
         assert all(not torch.equal(*views) for views in zip(batch.images_BCHW, batch.views_BCHW, strict=True))
         hidden_BL = batch.targets_BL != UNMASKED
