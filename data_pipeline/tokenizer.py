@@ -106,12 +106,13 @@ class Tokenizer:
         )
         longest = max(map(len, rows), default=1)
         length = self.max_tokens if self.fills else min(-(-longest // ROUND_TO) * ROUND_TO, self.max_tokens)
-        ids_BL = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        mask_BL = torch.full((len(rows), length), int(self.fills), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            ids_BL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            mask_BL[row, : len(ids)] = 1
-        return ids_BL, mask_BL
+        ids, mask = [], []
+        for row in rows:
+            padding = length - len(row)
+            ids += [*row, *[self.pad_id] * padding]
+            mask += [1] * len(row) + [int(self.fills)] * padding
+        shape = len(rows), length
+        return torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(mask, dtype=torch.int64).view(shape)
 
 
 def _is_siglip(tokenizer) -> bool:

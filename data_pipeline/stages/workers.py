@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import itertools
 import math
 import os
@@ -138,6 +139,7 @@ def _start(worker: int) -> None:
     if signal.SIGTERM in HELD:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # looking through all that the training process has made would copy it, again and again
     guarded: Any = get_worker_info().dataset  # type: ignore[union-attr]
     _note = memoryview(guarded.board[worker].numpy())
     guarded.outbox = guarded.outboxes[worker]
