@@ -20,7 +20,7 @@ ROWS = (
     ("data_pipeline.tokenizer",),
     ("data_pipeline.samples", "data_pipeline.order", "train.cli", "train.distributed"),
     ("data_pipeline.stages", "data_pipeline.statistics", "data_pipeline.overlap", "train.loss", "train.run"),
-    ("data_pipeline.embeddings",),
+    ("data_pipeline.embeddings", "train.arrival"),
     ("data_pipeline.loader", "data_pipeline.commands", "train.terms"),
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),

@@ -17,6 +17,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed
 from train.account import account, agree
+from train.arrival import arriving
 from train.begin import beginning
 from train.checkpoint import TrainState
 from train.checks import check, hints
@@ -110,8 +111,8 @@ def train(run: Run) -> int:
         ValueError, LoaderFailure: on all ranks, where one gets no data; what was trained is saved.
     """
     config, engine, state, tracker, watch = run.config, run.engine, run.state, run.tracker, run.watch
-    batches = iter(run.batches)
     share = config.train.global_batch // (config.train.micro_batch * distributed.world_size())
+    batches = arriving(iter(run.batches), engine.device, ahead=share)
     clock, saved = time.perf_counter(), state.step
     found = held_out(run, overdue(run))
     if improved(run, found):

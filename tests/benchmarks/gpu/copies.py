@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from data_pipeline.batch import MicroBatch
 from tests.benchmarks.gpu.bench import Bench, Row
+from train.arrival import Arrivals
 
 ROWS = 128
 
@@ -16,6 +18,10 @@ def run(bench: Bench) -> None:
     for name, images in (("pageable", pageable), ("pinned", pinned)):
         bench.row(f"copy of {shape[0]} images, {name}", lambda images=images: alone(bench, images))
     bench.row("beside products of matrices", lambda: beside(bench, pinned))
+    for way in ("one by one", "ahead"):
+        bench.row(
+            f"micro-batches of a run beside products, {way}", lambda way=way: taken(bench, pinned, way == "ahead")
+        )
 
 
 def alone(bench: Bench, images: torch.Tensor) -> Row:
@@ -53,3 +59,26 @@ def beside(bench: Bench, images: torch.Tensor) -> Row:
     times = {name: 1e3 * bench.time(run, budget=0.3)[0] for name, run in runs.items()}
     hidden = (times["one_stream"] - times["two_streams"]) / times["copies"]
     return {f"{name}_ms": value for name, value in times.items()} | {"hidden": hidden}
+
+
+def taken(bench: Bench, images: torch.Tensor, ahead: int) -> Row:
+    """Milliseconds per micro-batch of a run that does four products with each, and of the products alone."""
+    size, count = (64, 4) if bench.tiny else (8192, 24)
+    a = torch.randn(size, size, device=bench.device, dtype=torch.bfloat16)
+    ids_BL = torch.ones(len(images), 24, dtype=torch.int64)
+    batch = MicroBatch(images, ids_BL.pin_memory() if bench.on_gpu else ids_BL, ids_BL, 0, 0, [])
+
+    def compute() -> None:
+        for _ in range(4):
+            a @ a
+
+    def run() -> None:
+        batches = iter([batch] * count)
+        for one in Arrivals(batches, bench.device, ahead) if ahead else batches:
+            one.to(bench.device, non_blocking=True)
+            compute()
+
+    return {
+        "ms": 1e3 * bench.time(run, budget=0.5)[0] / count,
+        "products_ms": 1e3 * bench.time(lambda: [compute() for _ in range(count)], budget=0.5)[0] / count,
+    }
