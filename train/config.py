@@ -276,7 +276,7 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Atomic, verified checkpoints in the run directory."""
+    """Atomic, verified checkpoints in the run directory, written while training goes on."""
 
     every: int = machine(500)
     """Steps between checkpoints; one is always written at the end."""
