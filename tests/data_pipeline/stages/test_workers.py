@@ -69,6 +69,7 @@ class Stopped:
             yield torch.full((9,), number)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("is_asked", [True, False], ids=["while asked to stop", "in time"])
 def test_case_13_a_loader_that_is_stopped_when_its_tensors_are_fetched_is_named(is_asked, monkeypatch) -> None:
     """It has said that an item is there, but hands over its memory no more, and torch would wait for ever."""
