@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -43,7 +42,9 @@ class PlainEngine(Engine):
 
     def _update(self) -> tuple[Tensor, Tensor]:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         applied = norm.isfinite()
         if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False):
             # What a GradScaler sets: torch's fused optimizers skip on the device, so that nobody waits for the norm.

@@ -24,6 +24,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from train.config import Norm
 from train.distributed import all_reduce_sum, world_size
 
+CACHED = 1 << 17
+"""Numbers of a tensor that a CPU's cache holds, with two more of that size."""
+
 
 class MicroBatchNorm(_BatchNorm):
     """BatchNorm (arXiv 1502.03167) by the statistics of the micro-batch; with one per step it equals torch's own."""
@@ -101,33 +104,49 @@ class _Normalize(torch.autograd.Function):
         n = totals[-1]
         mean_C = totals[:-1] / n
         # Squares about the mean in a second sum: E[x^2] - mean^2 would cancel where the mean is large.
-        centred = x - _per_channel(mean_C)
-        var_C = total(centred.square().sum((0, 2, 3))) / n
+        y = torch.empty_like(x)
+        for part, squares in _in_cache(x, y):
+            torch.sub(part, mean_C, out=squares).square_()
+        var_C = total(y.sum((0, 2, 3))) / n
         inverse_std_C = (var_C + eps).rsqrt()
         running_mean_C.lerp_(mean_C, momentum)
         running_var_C.lerp_(var_C * (n / (n - 1)), momentum)
         ctx.save_for_backward(x_BCHW, weight_C, mean_C, inverse_std_C, n)
         ctx.total = total
-        return centred.mul_(_per_channel(inverse_std_C * weight_C)).add_(_per_channel(bias_C)).to(x_BCHW.dtype)
+        scale_C = inverse_std_C * weight_C
+        for part, normalized in _in_cache(x, y):
+            torch.sub(part, mean_C, out=normalized).mul_(scale_C).add_(bias_C)
+        return y.to(x_BCHW.dtype)
 
     @staticmethod
     def backward(ctx, dy_BCHW):
         x_BCHW, weight_C, mean_C, inverse_std_C, n = ctx.saved_tensors
         dy = dy_BCHW.to(mean_C.dtype)
-        xhat = (x_BCHW - _per_channel(mean_C)).mul_(_per_channel(inverse_std_C))
-        dbias_C, dweight_C = dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))
+        dx = torch.empty_like(x_BCHW, dtype=dy.dtype)
+        for part, of_y, products in _in_cache(x_BCHW, dy, dx):
+            torch.sub(part, mean_C, out=products).mul_(inverse_std_C).mul_(of_y)
+        dbias_C, dweight_C = dy.sum((0, 2, 3)), dx.sum((0, 2, 3))
         mean_dy_C, mean_dy_xhat_C = ctx.total(torch.stack((dbias_C, dweight_C))) / n
-        dx = xhat.mul_(_per_channel(-mean_dy_xhat_C)).add_(dy).sub_(_per_channel(mean_dy_C))
-        dx = dx.mul_(_per_channel(inverse_std_C * weight_C)).to(x_BCHW.dtype)
-        return dx, dweight_C, dbias_C, None, None, None, None, None
+        scale_C = inverse_std_C * weight_C
+        for part, of_y, of_x in _in_cache(x_BCHW, dy, dx):
+            xhat = torch.sub(part, mean_C, out=of_x).mul_(inverse_std_C)
+            xhat.mul_(-mean_dy_xhat_C).add_(of_y).sub_(mean_dy_C).mul_(scale_C)
+        return dx.to(x_BCHW.dtype), dweight_C, dbias_C, None, None, None, None, None
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _per_channel(values_C: Tensor) -> Tensor:
-    return values_C[None, :, None, None]
+def _in_cache(*tensors_BCHW: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts [..., C] of tensors of one shape, views, so small that a CPU reads each of them once from memory,
+    however much is done with it; elsewhere the whole."""
+    whole = [tensor.permute(0, 2, 3, 1) for tensor in tensors_BCHW]
+    if whole[0].device.type == "cpu" and all(tensor.is_contiguous() for tensor in whole):
+        rows = max(1, CACHED // whole[0].shape[-1])
+        yield from zip(*(tensor.flatten(0, 2).split(rows) for tensor in whole), strict=True)
+    else:
+        yield tuple(whole)
 
 
 def _torch_sums_roughly(x_BCHW: Tensor) -> bool:

@@ -108,6 +108,16 @@ def test_channels_last_on_cpu_is_as_exact_as_fp32_can_be(threads):
     assert max(rough_errors) > 2 * max(errors)  # what this is for; where torch has caught up, drop _torch_sums_roughly
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_parts_that_fit_the_cache_change_no_bit(monkeypatch, layout):
+    x = images(3, 10, 5, 7).contiguous(memory_format=layout)
+    found = []
+    for cached in (70, 1 << 30):
+        monkeypatch.setattr(norm, "CACHED", cached)
+        found.append(forward_backward(converted(plain_norm(10), "sync_batch"), x))
+    assert_equal_bitwise(*found)
+
+
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(1, 6), steps=st.integers(1, 3))
 def test_running_statistics_move_once_by_the_mean_over_micro_batches(count, steps):
