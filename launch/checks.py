@@ -17,9 +17,9 @@ import torch
 
 from launch.findings import Finding, fail, ok, warn
 from launch.links import measure_links
-from launch.memory import GB, RESERVE, Plan, loader_bytes, plan
 from train import distributed
 from train.config import RunConfig
+from train.memory import GB, RESERVE, Plan, loader_bytes, plan
 
 REQUIRED = ("torch", "torchvision", "transformers", "accelerate", "webdataset", "pillow")
 PACKAGES = (*REQUIRED, "simplejpeg", "deepspeed", "wandb")

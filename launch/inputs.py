@@ -25,13 +25,13 @@ from data_pipeline.storage.remote import expand, filesystem, is_remote
 from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
-from launch.memory import GB
 from train import cli, distributed
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
 from train.init.fit import fill
 from train.init.origin import open_origin
+from train.memory import GB
 from train.model.pair import build_model
 from train.model.text_files import tokenizer_name
 from train.model.trial import try_out

@@ -25,7 +25,7 @@ ROWS = (
     ("data_pipeline.demo", "train.model"),
     ("train.engine", "train.checkpoint", "train.feed"),
     ("train.saving",),
-    ("train.step", "train.account", "train.speed", "train.evaluation", "train.init", "train.parent"),
+    ("train.memory", "train.step", "train.account", "train.speed", "train.evaluation", "train.init", "train.parent"),
     ("train.report", "train.begin"),
     ("train.evaluate", "train.checks", "train.export"),
     ("train.loop", "train.use"),

@@ -156,7 +156,7 @@ def memory_plan(options: argparse.Namespace, config: RunConfig) -> list[str]:
     processes = node_range(options.nodes)[0] * (options.processes or gpus(options.gpus_per_node))
     if not processes:
         return []
-    from launch.memory import plan  # which takes torch, for seconds
+    from train.memory import plan  # which takes torch, for seconds
 
     bf16 = options.precision == "bf16" or not (options.precision or options.engine.startswith("cpu"))
     try:

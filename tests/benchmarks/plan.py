@@ -1,4 +1,4 @@
-"""The memory plan of launch.memory beside what a step takes: python -m tests.benchmarks.plan [--json]
+"""The memory plan of train.memory beside what a step takes: python -m tests.benchmarks.plan [--json]
 
 Each case in a process of its own (or two, under DDP), fp32, one thread, no GPU: the peak of the resident size in the
 second step above that of the loaded libraries. Towers have fresh weights, data are random.
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.memory import plan
 from tests.benchmarks.batches import random_batch
 from tests.benchmarks.loss import memory, reset_peak
 from tests.support.distributed import run_distributed
 from tests.support.exactness import ZERO_CONFIG
 from train import cli, distributed
 from train.config import RunConfig
+from train.memory import plan
 
 
 @dataclass

@@ -32,10 +32,10 @@ from data_pipeline.stages.readers import most_open
 from data_pipeline.stages.slots import shard_names, share_of
 from data_pipeline.storage.manifest import KIND, Shard, load_manifest
 from data_pipeline.storage.shards import ShardReader, ShardWriter
-from launch.memory import GB, loss_bytes
 from train import distributed
 from train.config import RunConfig
 from train.loss.gradients import loss_gradients
+from train.memory import GB, loss_bytes
 
 RANKS = (8, 64, 256, 1024)
 BATCHES = (2**15, 2**17, 2**20)

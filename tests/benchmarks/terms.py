@@ -5,7 +5,7 @@
 quickstart: ResNet-18 at 64 px and the architecture of MiniLM, 128 pairs of 8 tokens, two micro-batches at once.
 seed: ResNet-50 at 224 px and BERT-base, 8 pairs of 24 tokens. Random pixels and words; on a GPU where there is one.
 Time is the median of the ratios of neighbouring steps, by the CPU's clock (all threads; what other processes do hardly
-shows) and by the wall's. Memory is what autograd keeps of a step (launch/memory.py), and weights with AdamW's state.
+shows) and by the wall's. Memory is what autograd keeps of a step (train/memory.py), and weights with AdamW's state.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from transformers import BertConfig
 
 from data_pipeline.batch import MicroBatch
-from launch.memory import plan
 from tests.benchmarks.batches import random_batch
 from train.config import RunConfig
 from train.engine import Engine
 from train.engine.build import engine_of_run
 from train.engine.start import start
+from train.memory import plan
 from train.model.pair import build_model
 from train.step import training_step
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from launch.memory import GB, plan
 from tests.support.bert import write_bert
 from tests.support.small import write_data
 from tests.support.training import finish, saved_step
@@ -14,6 +13,7 @@ from tests.support.vocabulary import write_tokenizer
 from train import cli
 from train.checkpoint import newest
 from train.config import RunConfig
+from train.memory import GB, plan
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 STAND_INS = {  # an image tower of the same kind, and the width of the text tower
