@@ -86,7 +86,8 @@ def predict(found: Calibration, config: RunConfig, world: int) -> dict[str, floa
     if world > 1 and found.links is None:
         raise ValueError("no link between devices was measured: run it where there are two or more")
     share = train.global_batch // (train.micro_batch * world)
-    kept = share % train.resident or min(share, train.resident)  # the last part of the share
+    resident = train.resident or 1
+    kept = share % resident or min(share, resident)  # the last part of the share
     towers = kept * found.kept + (share - kept) * found.cached
     loss = found.logit * train.global_batch * (train.global_batch // world)
     exchange = 0.0
@@ -131,7 +132,7 @@ def calibrate(
         return clock() - began
 
     set_lrs(engine.optimizer, 0, 10_000, config.optim)
-    shapes = [(1, 1), (2, 1), (3, 1)] + ([(2, 2)] if train.resident > 1 else [])
+    shapes = [(1, 1), (2, 1), (3, 1)] + ([(2, 2)] if (train.resident or 1) > 1 else [])
     times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     deadline, rounds = time.monotonic() + seconds / 2, 0
     while rounds < 3 or time.monotonic() < deadline:

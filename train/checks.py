@@ -217,7 +217,8 @@ def check_compile(config: RunConfig) -> None:
 def check_resident(config: RunConfig, processes: int) -> None:
     """Raises ValueError where a synchronized norm would not see all images of a process's share in one forward."""
     share = config.train.global_batch // (config.train.micro_batch * processes)
-    if config.model.image.norm == "sync_batch" and share > config.train.resident:
+    resident = config.train.resident
+    if config.model.image.norm == "sync_batch" and resident is not None and share > resident:
         raise ValueError(
             f"train.resident {config.train.resident}: with model.image.norm sync_batch all {share} micro-batches of a "
             f"process go through the image tower together; set train.resident {share}, or take model.image.norm batch, "

@@ -213,9 +213,10 @@ class TrainConfig:
     """Pairs per optimizer step over all processes."""
     micro_batch: int = 128
     """Pairs that go through the towers together: the unit of BatchNorm, padding and dropout; divides global_batch."""
-    resident: int = machine(1)
+    resident: int | None = machine(1)
     """Micro-batches whose activations a process keeps at once. When its share of a step fits, the step is one forward
-    pass; else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way."""
+    pass; else features are cached and recomputed `resident` micro-batches at a time. Same gradients either way.
+    null: as many as fit into a GPU's memory, or the host's, by the memory plan that the doctor shows."""
     compile: bool = machine(False)
     """torch.compile for both towers: one program for images, one for each length of captions in steps of 8 tokens. For
     long runs, since each takes up to minutes. Rounding differs from that of towers that are not compiled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from train.account import account, agree
 from train.arrival import arriving
 from train.begin import beginning
 from train.checkpoint import TrainState
-from train.checks import check, hints
+from train.checks import check, check_resident, hints
 from train.config import RunConfig
 from train.engine.balance import Balance
 from train.engine.base import Engine
@@ -34,6 +34,7 @@ from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed, fetch
+from train.memory import resident
 from train.model.text_files import text_files, tokenizer_name
 from train.model.trial import try_out
 from train.parent import settled
@@ -268,6 +269,10 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, wa
     saver = Saver(directory, config, files, tracker.message)
     parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, saver, best)
     speed = Speed(config, directory, clock, engine.module, engine.precision, feed.steps, tracker.message)
+    if config.train.resident is None:
+        config = replace(config, train=replace(config.train, resident=resident(config, engine.stage, engine.precision)))
+        check_resident(config, distributed.world_size())
+        tracker.message(f"train.resident is {config.train.resident}: what fits by the memory plan")
     return Run(config, directory, *parts, tracker, stop, watch, tally, speed)
 
 

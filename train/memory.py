@@ -9,15 +9,17 @@ Activations are not estimated: a small micro-batch goes forward on the CPU and w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from data_pipeline.loader import STEPS_AHEAD, Extras
 from data_pipeline.stages.handover import piece_bytes
 from data_pipeline.stages.slots import check_batch
 from data_pipeline.stages.workers import number_of_workers, prepared
-from train import terms
+from train import distributed, terms
 from train.config import TOWERS, RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
@@ -33,7 +35,8 @@ LIBRARIES = 0.25 * GB
 @dataclass(frozen=True)
 class Plan:
     """Bytes per rank of a run on `world` ranks; of `parameters`, `learning` ones ever learn. parts: passes in which a
-    rank's share of a step goes back through the towers. recomputable: towers that could compute their blocks again."""
+    rank's share of a step goes back through the towers. recomputable: towers that could compute their blocks again.
+    share: micro-batches of a rank's step; more: activations that each of them adds."""
 
     parameters: int
     learning: int
@@ -43,6 +46,8 @@ class Plan:
     ema: bool
     parts: int = 1
     recomputable: tuple[str, ...] = ()
+    share: int = 1
+    more: int = 0
 
     def state(self, stage: int) -> float:
         """Weights, gradients and optimizer state under ZeRO `stage`; 0 is DDP."""
@@ -82,9 +87,36 @@ class Plan:
         """The first of DDP, ZeRO-1, 2, 3 that fits into `memory` bytes; None where none does."""
         return next((stage for stage in range(4) if self.total(stage) <= memory), None)
 
+    def most_resident(self, memory: float, stage: int) -> int:
+        """How many micro-batches' activations fit into `memory` bytes, of a plan that keeps one; at least 1."""
+        fitting = 1
+        for kept in range(2, self.share + 1):
+            activations, parts = self.activations + (kept - 1) * self.more, -(-self.share // kept)
+            if replace(self, activations=activations, parts=parts).total(stage) <= memory:
+                fitting = kept
+        return fitting
+
+
+def own_memory() -> int:
+    """Bytes that a rank has: of its GPU, or its part of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def resident(config: RunConfig, stage: int, precision: str) -> int:
+    """What `train.resident` null stands for: what fits on every rank by the plan; a collective.
+
+    Args:
+        stage: of ZeRO; 0 for DDP and for one process.
+        precision: bf16 or no.
+    """
+    fitting = plan(config, distributed.world_size(), precision == "bf16").most_resident(own_memory(), stage)
+    return -int(distributed.all_reduce_max(torch.tensor([-fitting])))
+
 
 def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
-    """Measures the run's own model, with fresh weights, on the CPU.
+    """Measures the run's own model, with fresh weights, on the CPU. `train.resident` null counts as 1.
 
     Raises:
         ValueError: the model cannot be built, or the batch cannot be shared among `world` ranks.
@@ -96,15 +128,17 @@ def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
     numbers = sum(value[0].numel() for name, value in outputs.items() if name not in scalars)
     check_batch(config.train.global_batch, config.train.micro_batch, world)
     share = config.train.global_batch // (config.train.micro_batch * world)
-    resident = min(max(1, config.train.resident), share)
-    activations = int(small + per_sample * (resident * config.train.micro_batch - 2))
+    kept = min(max(1, config.train.resident or 1), share)
+    more = int(per_sample * config.train.micro_batch)
+    activations = max(0, int(small + per_sample * (kept * config.train.micro_batch - 2)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    loss, parts = loss_bytes(config, world, numbers), -(-share // resident)
+    loss, parts = loss_bytes(config, world, numbers), -(-share // kept)
     towers = [
         tower for tower in TOWERS if getattr(model, tower).blocks and not getattr(config.model, tower).checkpointing
     ]
-    return Plan(parameters, learning, max(activations, 0), loss, world, config.optim.ema > 0, parts, tuple(towers))
+    ema = config.optim.ema > 0
+    return Plan(parameters, learning, activations, loss, world, ema, parts, tuple(towers), share, more)
 
 
 def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:

@@ -42,7 +42,7 @@ def training_step(
         Metrics of the step, the same on every rank; mostly scalars on the device, for `distributed.to_host`.
     """
     seeds = [micro_batch_seed(config.train.seed, batch.step, batch.index) for batch in micro_batches]
-    size = config.train.resident
+    size = config.train.resident or len(seeds)
     *cached, kept = [(micro_batches[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
     engine.announce_backward(last=not cached)

@@ -12,13 +12,13 @@ import torch
 
 from data_pipeline.config import Source
 from data_pipeline.stages.handover import piece_bytes
-from launch import checks, inputs, memory
+from launch import checks, inputs
 from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
 from tests.support.server import serve
 from tests.support.small import small_config, write_data
 from tests.support.vocabulary import write_tokenizer
-from train import curate
+from train import curate, memory
 from train.config import RunConfig
 from train.engine.zero import BUCKET_ELEMENTS
 
@@ -145,12 +145,19 @@ def small(bert: Path, global_batch: int) -> RunConfig:
     return config
 
 
-def test_activations_grow_with_the_resident_micro_batches(bert):
+def test_activations_grow_with_the_resident_micro_batches(bert, monkeypatch):
     config = small(bert, 64)
     one = memory.plan(config, world=2, bf16=False)
     config.train.resident = 4
     four = memory.plan(config, world=2, bf16=False)
+    assert one.most_resident(four.total(0), 0) == one.share == 4
+    assert one.most_resident(four.total(0) - 1, 0) == 3 and one.most_resident(0, 0) == 1
+    config.train.resident, config.train.global_batch = None, 32
+    for bytes_there, kept in ((0, 1), (1e12, 4)):
+        monkeypatch.setattr(memory, "own_memory", lambda there=bytes_there: there)
+        assert memory.resident(config, 0, "no") == kept
     assert 3.5 < four.activations / one.activations < 4.5
+    config.train.resident, config.train.global_batch = 4, 64
     config.model.image.checkpointing = config.model.text.checkpointing = True
     assert memory.plan(config, world=2, bf16=False).activations < 0.6 * four.activations
     with pytest.raises(ValueError, match=r"global_batch 64 .* 3 processes x micro_batch 8"):

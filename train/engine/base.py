@@ -46,9 +46,11 @@ class Engine(ABC):
     optimizer: has the parameter groups whose learning rates the caller sets.
     meter: measures what a step does to each tower.
     sharded: whether the optimizer's parameters are this rank's part of the model, else all of it.
+    stage: of ZeRO; 0 without.
     """
 
     sharded: bool
+    stage = 0
 
     def __init__(
         self,

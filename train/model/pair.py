@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class PairModel(nn.Module):
         for tower in self._locked():
             tower.requires_grad_(False)
         self.step = 0
-        self.compiled: dict[str, nn.Module] = {}  # no child modules: their names would be in checkpoints
+        self.compiled: dict[str, Any] = {}  # no child modules: their names would be in checkpoints
         for tower, options in ((self.image, config.image), (self.text, config.text)):
             for parameter in tower.parameters() if options.locked_until > 0 else ():
                 if parameter.requires_grad:
@@ -191,13 +192,12 @@ class PairModel(nn.Module):
         self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Term], lengths: Sequence[int] = ()
     ) -> dict[str, Tensor]:
         taps = [name for term in wanted for name in term.taps(self, "text")]
-        if lengths and self.config.text.pieces > 1 and not taps:
-            positions, features_BD = (
-                {},
-                in_pieces(self._tower("text"), self.config.text.pieces, ids_BL, mask_BL, lengths),
-            )
+        tower, pieces = self._tower("text"), self.config.text.pieces
+        positions: dict[str, Tensor] = {}
+        if lengths and pieces > 1 and not taps:
+            features_BD = in_pieces(tower, pieces, ids_BL, mask_BL, lengths)
         else:
-            positions, features_BD = tapped(self._tower("text"), taps, ids_BL, mask_BL)
+            positions, features_BD = tapped(tower, taps, ids_BL, mask_BL)
         outputs = {"text": F.normalize(self.text_projection(features_BD).float(), dim=-1)}
         for term in wanted:
             outputs |= term.from_text(self, Encoded(outputs["text"], features_BD, positions, mask_BL))
