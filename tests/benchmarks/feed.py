@@ -6,7 +6,7 @@ CPU milliseconds per image, processes of the loader included, so that a busy mac
 turns, each in a process of its own with one thread, and the ratio is the median over neighbouring runs. The JPEGs are
 made here, 400 to 900 pixels a side and about 100 KB; beside them pictures of files, in three sizes, at quality 85.
 decode: from bytes to what a loader process hands over; colours: what is left to the device, on a CPU.
-loader: all that a pass of the loader costs, with 1 and 2 processes, crops and flips as in open_clip.
+loader: all that a pass of the loader costs, with 1 and 2 processes, crops and flips as in open_clip or of a policy.
 wait: the part of a step that waits for data, where an engine of no work takes 4/3 of the time of a loader that is
 paced, and a step takes 16 micro-batches at once, four times what its one process prepares at least.
 """
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 
@@ -76,7 +77,7 @@ def decode(work: Path) -> dict[str, float]:
     return found
 
 
-def loader(work: Path, workers: str) -> dict[str, float]:
+def loader(work: Path, workers: str, policy: str = "") -> dict[str, float]:
     from data_pipeline.config import AugmentConfig, DataConfig
     from data_pipeline.loader import train_loader
     from data_pipeline.order import build_order
@@ -84,7 +85,8 @@ def loader(work: Path, workers: str) -> dict[str, float]:
     from data_pipeline.tokenizer import Tokenizer
 
     manifest, tokenizer = load_manifest(work / "shards"), Tokenizer(str(work / "tokenizer"), 77)
-    config = DataConfig(augment=AugmentConfig(policy="light", scale=SCALE), workers=int(workers))
+    augment = AugmentConfig(policy=policy) if policy else AugmentConfig(policy="light", scale=SCALE)  # type: ignore[arg-type]
+    config = DataConfig(augment=augment, workers=int(workers))
     order = build_order([manifest], [1.0], MICRO, 4, 0, SHARDS)
     options = {"seed": 0, "micro_batch": MICRO, "stop_step": order.steps_per_epoch}
     return passed(lambda: train_loader(config, order, [manifest], tokenizer, **options))
@@ -158,6 +160,10 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "open_clip": open_clip,
     "wait": wait,
 }
+MEASURED: tuple[tuple[Any, ...], ...] = (
+    *(("wait",), ("decode",)),
+    *(("loader", 1), ("loader", 2), ("loader", 1, "light"), ("loader", 1, "standard")),
+)
 
 
 def measured(checkout: Path, python: str, *arguments: object) -> dict[str, float]:
@@ -234,12 +240,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write(work, args.photos, args.samples)
-        for name, *arguments in (("wait",), ("decode",), ("loader", 1), ("loader", 2)):
+        for name, *arguments in MEASURED:
             ours = partial(measured, ROOT, sys.executable, name, work, *arguments)
             before = args.before and partial(measured, args.before.resolve(), sys.executable, name, work, *arguments)
             title = " ".join(map(str, (name, *arguments)))
             results[title] = compared(ours, before, args.repeats)
-            if name == "loader" and args.open_clip:
+            if name == "loader" and len(arguments) == 1 and args.open_clip:
                 theirs = partial(measured, ROOT, args.open_clip, "open_clip", work, *arguments)
                 results[f"{title}, open_clip"] = compared(ours, theirs, args.repeats)
             print(title, results[title], file=sys.stderr, flush=True)
