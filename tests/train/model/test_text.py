@@ -1,3 +1,4 @@
+import copy
 import time
 
 import pytest
@@ -131,7 +132,7 @@ def test_captions_in_pieces_have_the_same_features_and_their_dropout_is_the_micr
     batches = make_batch(config)
     for batch in batches:
         batch.lengths = batch.mask_BL.sum(1).tolist()
-    whole = build_model(config, (0.5,) * 3, (0.25,) * 3)
+    whole = build_model(copy.deepcopy(config), (0.5,) * 3, (0.25,) * 3)
     config.model.text.pieces = 3
     pieces = build_model(config, (0.5,) * 3, (0.25,) * 3)
     shapes = []
