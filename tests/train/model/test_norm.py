@@ -118,6 +118,21 @@ def test_parts_that_fit_the_cache_change_no_bit(monkeypatch, layout):
     assert_equal_bitwise(*found)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradients_are_summed_in_the_order_in_which_they_lie_in_memory(layout):
+    """So that a network's bits do not depend on how its norms go through memory."""
+    x = images(16, 96, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = images(16, 96, 3, 3).sin().contiguous(memory_format=layout)
+    ours = converted(plain_norm(96), "batch")
+    ours(x).backward(gradient)
+    with torch.no_grad():
+        mean, n = x.sum((0, 2, 3)) / 144, 144
+        centred = x - mean[:, None, None]
+        scale = (centred.square().sum((0, 2, 3)) / n + ours.eps).rsqrt()
+        expected = (gradient * (centred * scale[:, None, None])).sum((0, 2, 3))
+    assert torch.equal(ours.weight.grad, expected)
+
+
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(1, 6), steps=st.integers(1, 3))
 def test_running_statistics_move_once_by_the_mean_over_micro_batches(count, steps):
