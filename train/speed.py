@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from train.config import RunConfig
 from train.model.flops import PairFlops, peak_tflops
 from train.model.pair import PairModel
 from train.run.profiler import StepProfiler
+from train.run.watch import peak_memory
 from train.timing import StepClock
 
 
@@ -93,4 +92,4 @@ class Speed:
     def _peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory()

@@ -13,6 +13,7 @@ import faulthandler
 import json
 import math
 import os
+import resource
 import socket
 import sys
 import threading
@@ -172,6 +173,11 @@ def _state(said: dict, age: float) -> str:
             if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED):
                 return f"is {'stopped' if status == psutil.STATUS_STOPPED else 'gone'}; it was"
     return f"has said nothing for {age:.0f} s; it was" if age > STALE_SECONDS else "is"
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory() -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.ema import WeightAverage
 from train.engine.host import HostMemory
-from train.run.watch import FULL, memory
+from train.run.watch import FULL, memory, peak_memory
 from train.saving.write import Content, begin, contents, write
 
 LONG_SECONDS = 1.0
@@ -139,8 +138,7 @@ class Saver:
 def fits(needed: int) -> bool:
     """Whether this host has room for so many bytes, when its ranks take what they took at their peak."""
     used, whole = memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    more = max(0, peak - psutil.Process().memory_info().rss)
+    more = max(0, peak_memory() - psutil.Process().memory_info().rss)
     return used + needed + int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * more < FULL * whole
 
 
