@@ -23,6 +23,11 @@ class _Arrived(NamedTuple):
     error: BaseException | None = None
 
 
+def landed(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch of the loader on the device, as the towers see it."""
+    return recolored(batch.to(device, non_blocking=True))
+
+
 def arriving(batches: Iterator[MicroBatch], device: torch.device, ahead: int) -> Iterator[MicroBatch]:
     """The same micro-batches: for a GPU on it, `ahead` of them before they are asked for; else untouched."""
     return Arrivals(batches, device, ahead) if device.type == "cuda" else batches
@@ -50,7 +55,7 @@ class Arrivals(Iterator[MicroBatch]):
         if self._ended:
             raise StopIteration
         if self.thread is None:
-            first = recolored(next(self._batches).to(self.device, non_blocking=True))
+            first = landed(next(self._batches), self.device)
             self._begin()
             return first
         batch, done, error = self._arrived.get()
@@ -82,7 +87,7 @@ def _take(
     with torch.cuda.stream(stream):
         while not stopped.is_set():
             try:
-                batch = recolored(next(batches).to(device, non_blocking=True))
+                batch = landed(next(batches), device)
                 arrived.put(_Arrived(batch, stream.record_event() if stream is not None else None))
             except BaseException as error:  # StopIteration, too
                 arrived.put(_Arrived(None, None, error))

@@ -10,12 +10,12 @@ import torch
 from data_pipeline.config import Source
 from data_pipeline.loader import Extras, LoaderFailure, MicroBatch, Patience, stream_loader, train_loader
 from data_pipeline.order import Mixture, Moved, Order, build_order, order_identity
-from data_pipeline.samples.colors import recolored
 from data_pipeline.statistics import normalization
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
+from train.arrival import landed
 from train.config import RunConfig
 from train.run.signals import Interrupted, StopRequest
 from train.timing import section
@@ -117,7 +117,7 @@ def fetch(
             for _ in range(share):
                 batch = next(batches)
                 with section("copy"):
-                    own.append(recolored(batch.to(device, non_blocking=True)))
+                    own.append(landed(batch, device))
     except (Exception, Interrupted) as caught:  # whatever it is, the other ranks must hear of it
         error = caught
     trouble = 0 if error is None else 1 if isinstance(error, Interrupted) else 2
