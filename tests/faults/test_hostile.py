@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from data_pipeline.storage.shards import ShardReader
 from tests.support.bert import write_bert
+from tests.support.checkpoints import save
 from tests.support.small import small_config
 from train import checkpoint
 from train.checkpoint import FILES, Tensors, TrainState
 from train.model.pair import build_model
 from train.model.pretrained import read_state_dict
-from train.saving.write import save
 
 
 class Canary:

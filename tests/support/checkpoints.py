@@ -1,16 +1,17 @@
 """A run whose checkpoints are written by hand, as training writes them, with weights that mean something."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
-from train import cli
+from train import checkpoint, cli, distributed
 from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
 from train.model.text_files import text_files, tokenizer_name
-from train.saving.write import save
+from train.saving.write import begin, contents, write
 
 MEAN, STD = [0.5, 0.45, 0.4], [0.25, 0.2, 0.3]
 
@@ -30,6 +31,26 @@ def write_run(config: RunConfig, steps: int = 2) -> Path:
         save(directory, Tensors(weights, {}, average), state, config, text_files(model, tokenizer))
     (directory / "config.yaml").write_text(cli.to_yaml(config))
     return directory
+
+
+def save(
+    run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
+) -> Path:
+    """Write a checkpoint of this step as a run does, but here and now; a collective.
+
+    Args:
+        text_files: of the text encoder and its tokenizer, from `train.model.text_files` or `saved_text_files`.
+
+    Raises:
+        ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
+    """
+    problem = ""
+    if distributed.is_main():
+        content = contents(tensors, state, config, text_files)
+        problem = begin(run_dir, state.step) or write(run_dir, state.step, content, config.checkpoint.keep)
+    if problem := distributed.broadcast_object(problem):
+        raise ValueError(problem)
+    return checkpoint.path_of(run_dir, state.step)
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import checkpoints
 from tests.support.distributed import run_distributed, start_context
 from tests.support.small import TEXT_FILES
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
-from train.saving import write
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -26,7 +26,7 @@ def save(run_dir: Path, step: int, keep: int) -> None:
     config = RunConfig()
     config.checkpoint.keep = keep
     weights = {"w": torch.full((9,), float(step))}
-    write.save(run_dir, Tensors(weights, weights, weights), TrainState(step=step), config, TEXT_FILES)
+    checkpoints.save(run_dir, Tensors(weights, weights, weights), TrainState(step=step), config, TEXT_FILES)
 
 
 def name(step: int) -> str:

@@ -32,7 +32,7 @@ class Saver:
     All ranks call its methods together, in the thread that trains.
 
     Args:
-        text_files: of the text encoder and its tokenizer, as of `save`.
+        text_files: of the text encoder and its tokenizer, from `train.model.text_files` or `saved_text_files`.
         say: shows a line on the screen.
     """
 

@@ -37,26 +37,6 @@ def contents(tensors: Tensors, state: TrainState, config: RunConfig, text_files:
     return Content(tensors, own | dict(text_files))
 
 
-def save(
-    run_dir: Path, tensors: Tensors, state: TrainState, config: RunConfig, text_files: Mapping[str, bytes]
-) -> Path:
-    """Write a checkpoint of this step, here and now, and drop the oldest over `checkpoint.keep`; a collective.
-
-    Args:
-        text_files: of the text encoder and its tokenizer, from `train.model.text_files` or `saved_text_files`.
-
-    Raises:
-        ValueError: on all ranks, where the directory cannot be written; earlier checkpoints stay as they are.
-    """
-    problem = ""
-    if distributed.is_main():
-        content = contents(tensors, state, config, text_files)
-        problem = begin(run_dir, state.step) or write(run_dir, state.step, content, config.checkpoint.keep)
-    if problem := distributed.broadcast_object(problem):
-        raise ValueError(problem)
-    return checkpoint.path_of(run_dir, state.step)
-
-
 def begin(run_dir: Path, step: int) -> str:
     """Make the directory in which a checkpoint is until it is complete; what is wrong where that fails.
 

@@ -22,6 +22,7 @@ TENSORS = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 
 def steps_between(text_tower: str, source: str, target: str, count: int) -> list[tuple[float, float]]:
     """Load the newest checkpoint of `source`, make `count` steps, save to `target`; loss and norm of each step."""
+    from tests.support.checkpoints import save
     from train import checkpoint, distributed
     from train.begin import restore
     from train.checkpoint import TrainState
@@ -32,7 +33,6 @@ def steps_between(text_tower: str, source: str, target: str, count: int) -> list
     from train.engine.start import start
     from train.model.pair import build_model
     from train.saving.saver import collect
-    from train.saving.write import save
     from train.step import training_step
 
     config = make_config(text_tower, LEVELS, global_batch=32)

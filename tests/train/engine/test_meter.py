@@ -35,6 +35,7 @@ class Trained(NamedTuple):
 
 def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path | None = None) -> Trained:
     """Go on from `source` for some measured steps with the configured balance, and save to `target`."""
+    from tests.support.checkpoints import save
     from train import checkpoint, distributed
     from train.begin import restore
     from train.checkpoint import TrainState
@@ -44,7 +45,6 @@ def train(accelerator, config: RunConfig, steps: int, target: Path, source: Path
     from train.engine.optim import set_lrs
     from train.model.pair import build_model
     from train.saving.saver import collect
-    from train.saving.write import save
     from train.step import training_step
 
     model, state = build_model(config, *STATISTICS), TrainState()
