@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batch import MicroBatch
 from train import distributed
+from train.engine.meter import MEASURED
 from train.run.directory import onward
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def agree(
     counts, *values = distributed.to_host([distributed.all_reduce_sum(own_on_device), *on_device.values()])
     read = dict(zip(on_device, (value.item() for value in values), strict=True))
     numbers = {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+    if numbers["skipped"]:  # there was no update to measure
+        numbers = {name: value for name, value in numbers.items() if not name.startswith(MEASURED)}
     bad, signals, unwritten, *both = counts[:5].tolist()
     names = {"batch_digest": both[0], "content_digest": both[1]}
     hexadecimal = {name: f"{digest % 2**64:016x}" for name, digest in names.items()}

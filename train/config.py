@@ -309,7 +309,7 @@ class TrackingConfig:
     ten dearest operations, by the place that calls them, are written into the run's directory under profile/."""
     profile_ranks: Literal["first", "all"] = machine("first")
     """Which processes are profiled."""
-    diagnostics_every: int = machine(10)
+    diagnostics_every: int = machine(100)
     """Steps between measurements of each tower's gradient, update and embeddings; 0: none."""
 
 

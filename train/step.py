@@ -31,7 +31,7 @@ from train.timing import exchange_from_end_of, section
 
 def training_step(
     engine: Engine, micro_batches: Sequence[MicroBatch], config: RunConfig, measure: bool = False
-) -> dict[str, Tensor | float]:
+) -> dict[str, Tensor]:
     """Train on one global batch.
 
     Args:
@@ -39,7 +39,7 @@ def training_step(
         measure: also return what train.engine's meter and embedding measure.
 
     Returns:
-        Metrics of the step, the same on every rank; mostly scalars on the device, for `distributed.to_host`.
+        Metrics of the step, the same on every rank: scalars on the device, for `distributed.to_host`.
     """
     seeds = [micro_batch_seed(config.train.seed, batch.step, batch.index) for batch in micro_batches]
     size = config.train.resident or len(seeds)
@@ -72,10 +72,10 @@ def training_step(
     count = config.train.global_batch // config.train.micro_batch
     norm.update_running(engine.module, distributed.all_reduce_sum, count)
     scale = outputs[0]["logit_scale"].detach().reshape(()).to(next(iter(losses.values())).dtype)
-    metrics: dict[str, Tensor | float] = {**losses, "grad_norm": grad_norm, "temperature": 1 / scale}
+    metrics = {**losses, "grad_norm": grad_norm, "temperature": 1 / scale}
     metrics["skipped"] = ~applied
     if measure:
-        metrics |= engine.meter.read(bool(applied), float(grad_norm), config.optim.clip_grad)
+        metrics |= engine.meter.read(applied, grad_norm, config.optim.clip_grad)
         metrics |= embedding_metrics(*(torch.cat([output[name] for output in outputs]) for name in ("image", "text")))
     return metrics
 

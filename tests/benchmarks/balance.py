@@ -74,7 +74,7 @@ def measure(config: RunConfig, pairs: int) -> dict[str, float]:
         began = {name: clock() for name, clock in clocks.items()}
         set_lrs(engine.optimizer, number + 2, 2 * pairs + 2, config.optim, balance.multipliers())
         metrics = training_step(engine, batch, config, measured)
-        balance.update(step, metrics)
+        balance.update(step, {name: float(value) for name, value in metrics.items()})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if number >= 0:  # the first two load the libraries

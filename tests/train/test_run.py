@@ -21,6 +21,7 @@ from tests.support.small import write_data
 from train import checkpoint, cli, loop
 from train.__main__ import main
 from train.config import RunConfig
+from train.run.records import METRICS, read_records
 from train.run.signals import EXIT_PREEMPTED, SIGNALS
 
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
@@ -179,11 +180,14 @@ def test_case_15_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(t
     config = prepare(tmp_path, max_skipped=2)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 1
     config.optim.lr, config.optim.warmup_steps = 1e30, 0  # sums of squares overflow from the second step on
+    config.tracking.diagnostics_every = 1
     with pytest.raises(ValueError, match=r"train\.max_skipped 2: no finite gradient in the last 3 steps"):
         loop.run(config)
     saved = checkpoint.newest(run_dir(config))
     state = checkpoint.load_state(saved)
     assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (3, 1, 2, 2)
+    measured = [record["step"] for record in read_records(run_dir(config) / METRICS) if "update_ratio/text" in record]
+    assert measured == [1], "a step that was skipped made no update"
     weights = load_file(saved / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     config.checkpoint.every = 0

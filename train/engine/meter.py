@@ -14,8 +14,11 @@ from torch import Tensor
 
 from train import distributed
 from train.config import TOWERS
+from train.engine.precision import back, double
 
 NORMS = ("grad", "weight", "update")
+MEASURED = ("grad_norm/", "weight_norm/", "update_ratio/")
+"""What the names of measured numbers begin with; the tower follows."""
 CHUNK = 1 << 16  # elements: what a sum in fp32 adds up without loss, and what a CPU's cache holds
 
 
@@ -44,28 +47,32 @@ class TowerMeter:
         """Measure the next step."""
         self.armed, self.sums = True, {(tower, norm): [] for tower in TOWERS for norm in NORMS}
 
-    def read(self, applied: bool, grad_norm: float, clip: float) -> dict[str, float]:
+    def read(self, applied: Tensor, grad_norm: Tensor, clip: float) -> dict[str, Tensor]:
         """After the armed step: grad_norm/<tower>, before clipping; weight_norm/<tower>, before the update;
-        update_ratio/<tower>, the norm of the update over that of the weights. A collective.
+        update_ratio/<tower>, the norm of the update over that of the weights. A collective; nobody waits for it.
 
         Args:
-            applied: whether there was an update; empty where there was none.
+            applied: whether there was an update; all is NaN where there was none.
             grad_norm: the gradient's global norm before clipping; clip: the largest one allowed, 0 for any.
+
+        Returns:
+            Scalars on the device of `grad_norm`.
         """
         self.armed = False
-        if not applied:
-            return {}
-        own = [sum((float(value) for value in values), 0.0) for values in self.sums.values()]
-        sums = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        norms = {key: math.sqrt(value) for key, value in zip(self.sums, sums, strict=True)}
-        clipped = max(1.0, (grad_norm + 1e-6) / clip) if clip else 1.0  # as torch and DeepSpeed do it
-        measured = {}
+        device = grad_norm.device
+        nothing = torch.zeros((), device=device)
+        own = [double(torch.stack([nothing, *(x.to(device) for x in sums)])).sum() for sums in self.sums.values()]
+        sums = distributed.all_reduce_sum(torch.stack(own))
+        sums = torch.where(applied.to(sums.device), sums, math.nan)
+        norms = dict(zip(self.sums, sums.sqrt(), strict=True))
+        # As torch and DeepSpeed do it.
+        clipped = ((double(grad_norm) + 1e-6) / clip).clamp(min=1) if clip else 1.0
+        measured: dict[str, Tensor] = {}
         for tower in TOWERS:
             grad, weight, update = (norms[tower, norm] for norm in NORMS)
-            measured[f"grad_norm/{tower}"] = grad * clipped
-            measured[f"weight_norm/{tower}"] = weight
-            measured[f"update_ratio/{tower}"] = update / weight if weight else 0.0
-        return measured
+            numbers = (grad * clipped, weight, torch.where(weight == 0, 0, update / weight))
+            measured |= {f"{name}{tower}": number for name, number in zip(MEASURED, numbers, strict=True)}
+        return {name: back(value, device) for name, value in measured.items()}
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""How embeddings lie on the sphere, against the formulas of the papers in float64. Over ranks: test_meter.py."""
+"""How embeddings lie on the sphere, against the formulas of the papers in float64; the same on any number of ranks."""
 
 import math
 
@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.distributed import run_distributed
+from train import distributed
 from train.engine.embedding import ROWS, effective_rank, embedding_metrics
+
+SIZES = ((256, 48), (32, 48))  # more rows than columns, and fewer
 
 
 def plain_embedding_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
@@ -43,7 +47,36 @@ def test_embedding_metrics_at_their_ends() -> None:
     assert same["effective_rank/image"] == pytest.approx(8) and same["uniformity/text"] == pytest.approx(-4)
     point = embedding_metrics(corners, corners[:1].expand(8, 8))
     assert point["effective_rank/text"] == pytest.approx(1, abs=1e-5) and point["uniformity/text"] == 0
-    assert effective_rank(torch.randn(500, 3) @ torch.randn(3, 200)) < 3.001
+    flat = (torch.randn(500, 3) @ torch.randn(3, 200)).double()
+    assert effective_rank((flat.T @ flat)[None]) < 3.001
+
+
+def similar_pairs(rows: int, width: int) -> list[Tensor]:
+    """Unit vectors of both towers whose singular values fall steeply, as those of trained towers do."""
+    generator = torch.Generator().manual_seed(rows)
+    image, noise = torch.randn(2, rows, width, generator=generator) * torch.arange(1, width + 1) ** -1.5
+    return [F.normalize(x, dim=1) for x in (image, image + 0.3 * noise)]
+
+
+def metrics_of_a_rank() -> list[dict[str, float]]:
+    world, rank, found = distributed.world_size(), distributed.rank(), []
+    for rows, width in SIZES:
+        own = (x.chunk(world)[rank] for x in similar_pairs(rows, width))
+        found.append({name: float(value) for name, value in embedding_metrics(*own).items()})
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_embedding_metrics_are_the_same_on_any_number_of_ranks(world: int) -> None:
+    first, *others = run_distributed(metrics_of_a_rank, world)
+    assert all(other == first for other in others)
+    for (rows, width), found in zip(SIZES, first, strict=True):
+        image, text = similar_pairs(rows, width)
+        expected = plain_embedding_metrics(image, text)
+        for name, value in embedding_metrics(image, text).items():
+            rank = name.startswith("effective_rank")  # in float64; the others round in fp32
+            assert found[name] == pytest.approx(float(value), rel=1e-9 if rank else 1e-6), name
+            assert found[name] == pytest.approx(expected[name], rel=1e-7 if rank else 1e-5), name
 
 
 def test_features_that_are_not_finite_are_reported_and_do_not_stop_the_run() -> None:
