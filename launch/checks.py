@@ -19,7 +19,7 @@ from launch.findings import Finding, fail, ok, warn
 from launch.links import measure_links
 from train import distributed
 from train.config import RunConfig
-from train.memory import GB, RESERVE, Plan, loader_bytes, own_memory, plan
+from train.memory import GB, RESERVE, engine_name, less_memory, loader_bytes, own_memory, plan
 
 REQUIRED = ("torch", "torchvision", "transformers", "accelerate", "webdataset", "pillow")
 PACKAGES = (*REQUIRED, "simplejpeg", "deepspeed", "wandb")
@@ -68,7 +68,7 @@ def devices() -> list[Finding]:
 
 
 def memory(config: RunConfig) -> list[Finding]:
-    """What the run's model needs, and the least ZeRO stage with which it fits."""
+    """What the run's model needs, and the engine that it takes where --engine does not name one."""
     # Alone it speaks for the run that would start here, with a rank on every GPU.
     world = distributed.world_size() if "RANK" in os.environ else max(1, torch.cuda.device_count())
     on_gpu = torch.cuda.is_available()
@@ -76,20 +76,12 @@ def memory(config: RunConfig) -> list[Finding]:
     there = own_memory()
     parts = f"{needs.in_words()}; there are {there / GB:.0f} GB"
     stage = needs.smallest_stage(there)
-    if stage is None:
+    if not needs.fits(stage, there):
         return [fail("memory plan", parts, less_memory(needs, config))]
-    name = "DDP (launch/accelerate/ddp.yaml)" if stage == 0 else f"ZeRO-{stage} (launch/accelerate/zero{stage}.yaml)"
     kept = ""
     if config.train.resident is None:
         kept = f"; train.resident null is {needs.most_resident(there, stage)} of {needs.share} micro-batches then"
-    return [ok("memory plan", f"{parts}: fits with {name}{kept}")]
-
-
-def less_memory(needs: Plan, config: RunConfig) -> str:
-    """What takes less memory, and whether the curve stays the same."""
-    same = ["--train.resident 1"] * ((config.train.resident or 1) > 1)
-    same += [f"--model.{tower}.checkpointing true" for tower in needs.recomputable]
-    return f"the same curve with {', '.join([*same, 'more ranks'])}; another one with a smaller --train.micro_batch"
+    return [ok("memory plan", f"{parts}: fits with --engine {engine_name(stage)}{kept}")]
 
 
 def collectives() -> list[Finding]:

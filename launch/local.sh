@@ -9,7 +9,8 @@ usage() {
 Train on this host: ./launch/local.sh [options] --config RUN.yaml [--field value ...]
 
   --engine NAME      a file of launch/accelerate/ without .yaml ($(list_engines)),
-                     or the path of an accelerate config; default: accelerate_config.yaml (bf16, ZeRO-2)
+                     or the path of an accelerate config; default: auto, which is
+                     bf16, with ddp where the run fits on each GPU, else with the smallest ZeRO stage that fits
   --processes N      processes; default: one per GPU of this host
   --precision P      bf16 or fp32; default: what the engine's file says
   --port N           port of the rendezvous; default: a free one
@@ -41,7 +42,7 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
-config=$(engine_file "$engine") || exit 2
+take_engine "$engine"
 find_python
 processes=$(processes_here "$processes") || exit 2
 share_cores "$processes"

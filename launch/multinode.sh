@@ -15,7 +15,8 @@ Train on several hosts, by this command on each: ./launch/multinode.sh [options]
   --port P           host 0's port; default 29500
   --processes N      processes on this host, the same on all; default: one per GPU
   --engine NAME      a file of launch/accelerate/ without .yaml ($(list_engines)),
-                     or the path of an accelerate config; default: accelerate_config.yaml (bf16, ZeRO-2)
+                     or the path of an accelerate config; default: auto, which is
+                     bf16, with ddp where the run fits on each GPU, else with the smallest ZeRO stage that fits
   --precision P      bf16 or fp32; default: what the engine's file says
   --module M         what to run instead of train, such as launch.doctor
   everything else    goes to \`python -m train\`
@@ -86,7 +87,7 @@ if ! [[ $node_rank =~ ^[0-9]+$ ]] || [ "$node_rank" -ge "$most" ]; then
 fi
 [ -n "$address" ] || die "--address: the name or address of host 0 is needed; the environment has no MASTER_ADDR"
 is_count "$port" || die "--port $port: expected the same free port number on every host"
-config=$(engine_file "$engine") || exit 2
+take_engine "$engine"
 find_python
 export PYTHONPATH=$duet_root${PYTHONPATH:+:$PYTHONPATH}
 processes=$(processes_here "$processes") || exit 2

@@ -84,11 +84,21 @@ list_engines() {
     echo "${names[*]}"
 }
 
-# engine_file NAME: the accelerate config that a --engine names.
+# take_engine NAME: sets config to the accelerate config that a --engine names. With auto, which is the default, the run
+# itself chooses when its processes have met: DDP, or the ZeRO stage that the smallest of its GPUs needs.
+take_engine() {
+    local name=${1:-auto}
+    unset DUET_ENGINE
+    if [ "$name" = auto ]; then
+        export DUET_ENGINE=auto
+        name=ddp
+    fi
+    config=$(engine_file "$name") || exit 2
+}
+
+# engine_file NAME: the file of launch/accelerate of that name, or else the path that it is.
 engine_file() {
-    if [ -z "$1" ]; then
-        echo "$duet_root/accelerate_config.yaml"
-    elif [ -f "$duet_root/launch/accelerate/$1.yaml" ]; then
+    if [ -f "$duet_root/launch/accelerate/$1.yaml" ]; then
         echo "$duet_root/launch/accelerate/$1.yaml"
     elif [ -f "$1" ]; then
         echo "$1"

@@ -27,14 +27,14 @@ from train.engine.base import Engine
 from train.engine.build import engine_of_run
 from train.engine.ema import WeightAverage
 from train.engine.optim import set_lrs
-from train.engine.start import start, timeout_seconds
+from train.engine.start import engine_is_open, join, make_accelerator, timeout_seconds
 from train.evaluation import find_task
 from train.evaluation.best import Best, follow
 from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed, fetch
-from train.memory import resident
+from train.memory import engine_that_fits, resident
 from train.model.text_files import text_files, tokenizer_name
 from train.model.trial import try_out
 from train.parent import settled
@@ -91,7 +91,7 @@ def run(config: RunConfig) -> int:
     """
     check(config, int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None)
     stop = StopRequest()
-    accelerator = start()
+    device = join()
     config = settled(config)
     with open_run(config) as directory:
         if results := distributed.broadcast_object(read_results(directory)):
@@ -99,8 +99,8 @@ def run(config: RunConfig) -> int:
             announce(directory, results, f"is finished already; {longer}")
             return 0
         check(config, distributed.world_size())
-        with Watch(directory, timeout_seconds(), stop) as watch, StepClock(accelerator.device) as clock:
-            built = build(config, accelerator, directory, stop, watch, clock)
+        with Watch(directory, timeout_seconds(), stop) as watch, StepClock(device) as clock:
+            built = build(config, directory, stop, watch, clock)
             with built.saver:
                 return train(built)
 
@@ -233,7 +233,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
     return 0
 
 
-def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, watch: Watch, clock: StepClock) -> Run:
+def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, clock: StepClock) -> Run:
     """All parts of a run, at the step where it begins or resumes; `train.begin` says where that is."""
     feed, suite = Feed(config), Suite(config)
     fresh = TrainState(data_hash=feed.identity, order=feed.order_identity, mean=list(feed.mean), std=list(feed.std))
@@ -244,7 +244,8 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, wa
     tokenizer = Tokenizer(tokenizer_name(start.source), config.data.max_tokens)
     tokenizer.fills |= model.text.reads_padding
     notes = try_out(model, tokenizer, config)
-    engine = engine_of_run(accelerator, model, config)
+    stage, why = engine_that_fits(start.source, model) if engine_is_open() else (0, "")
+    engine = engine_of_run(make_accelerator(stage), model, config)
     average = WeightAverage(engine, config.optim.ema)
     start.restore(engine, average)
 
@@ -260,7 +261,7 @@ def build(config: RunConfig, accelerator, directory: Path, stop: StopRequest, wa
     tracker.check()
     mean, std = ("/".join(f"{value:.3f}" for value in values) for values in (state.mean, state.std))
     normalized = f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}"
-    for line in [normalized, *start.lines, *notes, *hints(config, feed.steps)]:
+    for line in [*filter(None, [why]), normalized, *start.lines, *notes, *hints(config, feed.steps)]:
         tracker.message(line)
     for line in [] if start.resumes else shared_images(feed, suite):
         tracker.message(line)

@@ -1,4 +1,4 @@
-"""What a run needs of each device: weights, gradients, optimizer, activations, loss; and the ZeRO stage that fits.
+"""What a run needs of each device: weights, gradients, optimizer, activations, loss; and the engine that fits.
 
 Per parameter, all fp32 (train.engine): 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, 4 more with EMA; a
 parameter that never learns has its weight alone. ZeRO-1 splits the moments over the ranks, ZeRO-2 the gradients too,
@@ -9,10 +9,11 @@ Activations are not estimated: a small micro-batch goes forward on the CPU and w
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from data_pipeline.loader import STEPS_AHEAD, Extras
@@ -21,11 +22,15 @@ from data_pipeline.stages.slots import check_batch
 from data_pipeline.stages.workers import number_of_workers, prepared
 from train import distributed, terms
 from train.config import TOWERS, RunConfig
+from train.engine.precision import asked
 from train.engine.zero import BUCKET_ELEMENTS
 from train.model.pair import PairModel, build_model
+from train.run import watch
 from train.terms.objective import Objective
 
 GB = 1e9
+FILL = 0.9
+"""Part of a device that a run may fill by the plan, which is up to 9 % too low (tests/benchmarks/RESULTS.md)."""
 RESERVE, WORKING = 1.15, 1.08
 """Factors on state and activations for what is not counted: fragmentation, copies of a gradient while it is added up,
 gradients of activations. With LIBRARIES, what these take once they compute, fitted to steps on a CPU."""
@@ -83,16 +88,43 @@ class Plan:
             f"beside it rank 0's host {self.snapshot / GB:.1f} GB, to write checkpoints while training goes on"
         )
 
-    def smallest_stage(self, memory: float) -> int | None:
-        """The first of DDP, ZeRO-1, 2, 3 that fits into `memory` bytes; None where none does."""
-        return next((stage for stage in range(4) if self.total(stage) <= memory), None)
+    def fits(self, stage: int, memory: float) -> bool:
+        """Into a device of so many bytes, with room for what the plan does not know."""
+        return self.total(stage) <= FILL * memory
+
+    def smallest_stage(self, memory: float, most: int = 3) -> int:
+        """The first of DDP and ZeRO-1 to `most` that fits; the one that takes the least where none does."""
+        stages = range(most + 1)
+        return next((stage for stage in stages if self.fits(stage, memory)), min(stages, key=self.total))
+
+    def engine_in_words(self, stage: int, memory: float) -> str:
+        """Why it is the engine of this run on devices of so many bytes, and how to have another one."""
+        each = "on each GPU" if torch.cuda.is_available() else "for each process"
+        said = f"engine {engine_name(stage)}: the run takes {self.total(stage) / GB:.1f} of {memory / GB:.0f} GB"
+        said += f" {each}" if self.world > 1 else ""
+        if stage:
+            said += f"; ddp would take {self.total(0) / GB:.1f}, and {FILL:.0%} is the most"
+        if not self.fits(stage, memory):
+            return f"{said}, which may be too much"
+        if self.world == 1:
+            return said
+        return f"{said}; --engine {'NAME for another one' if stage else 'zero2 to split it'}"
+
+    def choice_in_words(self) -> str:
+        """Where it is not known yet how much memory there is: which engine the run will take, and from when on."""
+        most = [self.total(stage) / FILL / GB for stage in range(4)]
+        zero = [
+            f"{engine_name(stage)} from {most[stage]:.1f} GB" for stage in (1, 2, 3) if most[stage] < min(most[:stage])
+        ]
+        named = ", else ".join([f"ddp where each GPU has {most[0]:.1f} GB or more", *zero])
+        return f"engine: {named}; the ranks choose it together when they start, --engine NAME names one"
 
     def most_resident(self, memory: float, stage: int) -> int:
         """How many micro-batches' activations fit into `memory` bytes, of a plan that keeps one; at least 1."""
         fitting = 1
         for kept in range(2, self.share + 1):
             activations, parts = self.activations + (kept - 1) * self.more, -(-self.share // kept)
-            if replace(self, activations=activations, parts=parts).total(stage) <= memory:
+            if replace(self, activations=activations, parts=parts).fits(stage, memory):
                 fitting = kept
         return fitting
 
@@ -101,7 +133,12 @@ def own_memory() -> int:
     """Bytes that a rank has: of its GPU, or its part of the host's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(watch.memory()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def engine_name(stage: int) -> str:
+    """Of --engine, on GPUs."""
+    return f"zero{stage}" if stage else "ddp"
 
 
 def resident(config: RunConfig, stage: int, precision: str) -> int:
@@ -115,13 +152,39 @@ def resident(config: RunConfig, stage: int, precision: str) -> int:
     return -int(distributed.all_reduce_max(torch.tensor([-fitting])))
 
 
-def plan(config: RunConfig, world: int, bf16: bool) -> Plan:
-    """Measures the run's own model, with fresh weights, on the CPU. `train.resident` null counts as 1.
+def engine_that_fits(config: RunConfig, model: PairModel) -> tuple[int, str]:
+    """The engine of a run whose launcher leaves it open: the ZeRO stage, 0 for DDP, and why.
+
+    By the device that has the least memory, so that it is the same on every rank; a collective.
+
+    Args:
+        model: of the run, before an engine has it; a copy of it is measured.
+    """
+    needs = plan(config, distributed.world_size(), asked() == "bf16", model)
+    least = -float(distributed.all_reduce_max(torch.tensor([-own_memory()], dtype=torch.float64)))
+    there = importlib.util.find_spec("deepspeed") is not None
+    # As engine_of_run says, stage 3 cannot be compiled.
+    stage = needs.smallest_stage(least, (2 if config.train.compile else 3) if there else 0)
+    why = needs.engine_in_words(stage, least)
+    if not needs.fits(stage, least):
+        why += f": {less_memory(needs, config)}{'' if there else '; or pip install deepspeed, to split the state'}"
+    return distributed.broadcast_object((stage, why))
+
+
+def less_memory(needs: Plan, config: RunConfig) -> str:
+    """What takes less memory, and whether the curve stays the same."""
+    same = ["--train.resident 1"] * ((config.train.resident or 1) > 1)
+    same += [f"--model.{tower}.checkpointing true" for tower in needs.recomputable]
+    return f"the same curve with {', '.join([*same, 'more ranks'])}; another one with a smaller --train.micro_batch"
+
+
+def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = None) -> Plan:
+    """Measures the run's model on the CPU, with fresh weights where it is not given. `train.resident` null counts as 1.
 
     Raises:
         ValueError: the model cannot be built, or the batch cannot be shared among `world` ranks.
     """
-    model = build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
+    model = copy.deepcopy(model) if model else build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
     (small, outputs), (large, _) = (_forward(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
     scalars = Objective(config).scalars

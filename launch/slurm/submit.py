@@ -133,7 +133,7 @@ def check_run(options: argparse.Namespace, config: RunConfig) -> None:
     """Raises ValueError where the run would refuse to start with this engine, container or number of processes."""
     checks.check(config)
     engines = sorted(path.stem for path in Path("launch/accelerate").glob("*.yaml"))
-    if options.engine and options.engine not in engines and not Path(options.engine).is_file():
+    if options.engine not in ("", "auto", *engines) and not Path(options.engine).is_file():
         known = " ".join(engines)
         raise ValueError(f"--engine {options.engine}: there is no such file, and launch/accelerate has: {known}")
     if options.container.endswith((".sif", ".sqsh")) and not Path(options.container).is_file():
@@ -160,7 +160,11 @@ def memory_plan(options: argparse.Namespace, config: RunConfig) -> list[str]:
 
     bf16 = options.precision == "bf16" or not (options.precision or options.engine.startswith("cpu"))
     try:
-        return [f"memory: {plan(config, processes, bf16).in_words()}"]
+        needs = plan(config, processes, bf16)
+        lines = [f"memory: {needs.in_words()}"]
+        if options.engine in ("", "auto"):
+            lines.append(needs.choice_in_words())
+        return lines
     except Exception as error:  # such as weights that only compute nodes have
         return [f"memory: no plan can be made here: {cli.with_flags(str(error))}"]
 
@@ -222,7 +226,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus_per_node", default="", help="GPUs of each node; one training process each")
     parser.add_argument("--cpus_per_task", default="", help="cores of each node")
     parser.add_argument("--mem", default="", help="memory of each node, such as 200G")
-    parser.add_argument("--engine", default="", help="launch/accelerate/ENGINE.yaml; default: accelerate_config.yaml")
+    parser.add_argument(
+        "--engine", default="", help="launch/accelerate/ENGINE.yaml; default: auto, by the GPUs' memory"
+    )
     parser.add_argument(
         "--precision", default="", choices=["", "bf16", "fp32"], help="default: what the engine's file says"
     )

@@ -110,9 +110,6 @@ def test_state_bytes_of_every_zero_stage():
     assert [plan.state(stage) for stage in range(4)] == [16_000, 11_000 + bucket, 8_000 + bucket, 4_000 + bucket]
     half_locked = replace(plan, learning=500, ema=True)
     assert [half_locked.state(stage) for stage in (0, 2)] == [12_000, 4_000 + 500 * (4 + 1 + 2 + 1) + bucket]
-    large = replace(plan, parameters=10**9, learning=10**9)
-    for memory_bytes, stage in ((19e9, 0), (10e9, 2), (4e9, None)):
-        assert large.smallest_stage(memory_bytes) == stage
 
 
 @pytest.mark.parametrize("tower", ["alexnet", "resnet18"])
@@ -121,7 +118,7 @@ def test_a_tower_without_blocks_is_not_to_compute_them_again(tmp_path, tower):
     config.data.image_size = 64
     image, text = replace(config.model.image, name=tower), replace(config.model.text, checkpointing=True)
     config = replace(config, model=replace(config.model, image=image, text=text))
-    said = checks.less_memory(memory.plan(config, 1, bf16=False), config)
+    said = memory.less_memory(memory.plan(config, 1, bf16=False), config)
     assert ("--model.image.checkpointing true" in said) == (tower == "resnet18")
     assert "--model.text.checkpointing" not in said, "it is on already"
 
@@ -150,8 +147,9 @@ def test_activations_grow_with_the_resident_micro_batches(bert, monkeypatch):
     one = memory.plan(config, world=2, bf16=False)
     config.train.resident = 4
     four = memory.plan(config, world=2, bf16=False)
-    assert one.most_resident(four.total(0), 0) == one.share == 4
-    assert one.most_resident(four.total(0) - 1, 0) == 3 and one.most_resident(0, 0) == 1
+    enough = four.total(0) / memory.FILL
+    assert one.most_resident(enough, 0) == one.share == 4
+    assert one.most_resident(enough - 1, 0) == 3 and one.most_resident(0, 0) == 1
     config.train.resident, config.train.global_batch = None, 32
     for bytes_there, kept in ((0, 1), (1e12, 4)):
         monkeypatch.setattr(memory, "own_memory", lambda there=bytes_there: there)

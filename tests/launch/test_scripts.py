@@ -93,6 +93,32 @@ def test_wrong_use_is_said(command, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh --nodes 2 --node_rank 0 --address 127.0.0.1"])
+def test_the_run_chooses_its_engine_where_none_is_named(tmp_path, script):
+    """By what the Python is asked to run: a stand-in that says it."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "DUET_ENGINE=${DUET_ENGINE-} $*"\n')
+    python.chmod(0o755)
+
+    def launched(*options: str) -> str:
+        command = f"./launch/{script} --processes 4 {' '.join(options)} --config run.yaml"
+        done = bash(command, DUET_PYTHON=str(python), DUET_ENGINE="auto", GLOO_SOCKET_IFNAME="lo")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for options in ((), ("--engine", "auto")):
+        assert launched(*options).startswith(
+            f"DUET_ENGINE=auto -m launch.start --config_file {ROOT}/launch/accelerate/ddp.yaml "
+        )
+    assert launched("--engine", "zero2").startswith(
+        f"DUET_ENGINE= -m launch.start --config_file {ROOT}/launch/accelerate/zero2.yaml "
+    )
+    assert launched("--engine", "accelerate_config.yaml").startswith(
+        "DUET_ENGINE= -m launch.start --config_file accelerate_config.yaml "
+    )
+    assert "--mixed_precision no" in launched("--precision", "fp32")
+
+
 def test_two_hosts_meet_by_flags_and_by_the_environment(tmp_path):
     """Both on this machine; one has its place from flags, the other from SkyPilot's variables."""
     counting = f"--engine cpu --processes 1 --module tests.support.counting {tmp_path} 3"

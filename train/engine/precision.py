@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 PRECISIONS = ("no", "bf16")
+
+
+def asked() -> str:
+    """The precision that the launcher was asked for, one of PRECISIONS; raises ValueError for any other."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision: {precision} is not supported; set it to one of {', '.join(PRECISIONS)}")
+    return precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

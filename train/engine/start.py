@@ -16,30 +16,33 @@ import torch
 from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from train.engine import precision
 from train.engine.launcher import Launcher, check_world_size, find_launcher, positive_int
-from train.engine.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DeepSpeedPlugin
 
 TIMEOUT_SECONDS = 600
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED")
 
 
 def start() -> Accelerator:
-    """Joins the process group and returns the Accelerator, which places and wraps models and does nothing to data.
+    """Joins the process group and makes the Accelerator of the engine that the launcher names; raises as these do."""
+    join()
+    return make_accelerator()
+
+
+def join() -> torch.device:
+    """Joins the process group, and says where this process computes.
 
     Where there is no autocast, fp32 is fp32 in this process from here on: no TF32.
 
     Environment: DUET_TIMEOUT, seconds after which a collective that misses a rank fails (default 600).
-    Raises ValueError when the world is not the size that was asked for, or precision or engine are unknown.
+    Raises ValueError when the world is not the size that was asked for, or the precision is unknown.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+    from accelerate import PartialState
 
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in PRECISIONS:
-        raise ValueError(f"mixed_precision: {precision} is not supported; set it to one of {', '.join(PRECISIONS)}")
-    if precision == "no":
+    if precision.asked() == "no":
         # Convolutions use TF32 unless told otherwise, and matrix products do in images whose environment asks for it.
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
@@ -48,11 +51,6 @@ def start() -> Accelerator:
     if _use_cpu(launcher):
         # DeepSpeed takes part on CPU only if the state exists before the Accelerator, which is then not told `cpu`.
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed
-
-            # Else it probes every extension with a compiler and builds one, an all-reduce, which gloo does here.
-            deepspeed.ops.__compatible_ops__ = {}
         PartialState(cpu=True, timeout=timeout)
         os.environ.pop("ACCELERATE_USE_CPU", None)
     else:
@@ -62,11 +60,39 @@ def start() -> Accelerator:
         # with 134 in place of its exit status. NCCL's would wait for ranks that may be gone.
         atexit.register(stop)
     check_world_size(launcher)
+    return PartialState().device
+
+
+def engine_is_open() -> bool:
+    """Whether the launcher leaves it to the run which engine it takes: DUET_ENGINE is auto, and no ZeRO stage given."""
+    asked = os.environ.get("DUET_ENGINE", "")
+    if asked not in ("", "auto"):
+        raise ValueError(f"DUET_ENGINE={asked}: auto has the run choose; any other engine is given by --config_file")
+    return bool(asked) and not _deepspeed_named()
+
+
+def make_accelerator(stage: int = 0) -> Accelerator:
+    """What places and wraps models, and does nothing to data; in a process that has joined.
+
+    Args:
+        stage: of ZeRO, 1 to 3; 0 for the engine that the launcher names, which is DDP where it is left open.
+
+    Raises:
+        ValueError: the engine is unknown.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and (stage or _deepspeed_named()):
+        import deepspeed
+
+        # Else it probes every extension with a compiler and builds one, an all-reduce, which gloo does here.
+        deepspeed.ops.__compatible_ops__ = {}
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
         step_scheduler_with_optimizer=False,
+        deepspeed_plugin=zero_plugin(stage) if stage else None,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds())),
             # train.model.norm keeps the running statistics of BatchNorm equal: DDP need not send them at every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
@@ -78,6 +104,15 @@ def start() -> Accelerator:
         # With this reference alive, transformers builds models partitioned under ZeRO-3; ours are whole until prepare.
         plugin.dschf = None
     return accelerator
+
+
+def zero_plugin(stage: int) -> DeepSpeedPlugin:
+    """What launch/accelerate/zero<stage>.yaml makes of a process."""
+    from accelerate import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(
+        zero_stage=stage, offload_optimizer_device="none", offload_param_device="none", zero3_init_flag=False
+    )
 
 
 def own_device() -> torch.device:
@@ -107,6 +142,11 @@ def stop() -> None:
     """Leave the process group; all ranks call it when they have nothing more to say to each other."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _deepspeed_named() -> bool:
+    """By the launcher, or by the run itself in this process before."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def _use_cpu(launcher: Launcher | None) -> bool:
