@@ -6,6 +6,7 @@ Tensors are views of rows of RGB pixels: channels_last, which is what the image 
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -60,8 +61,8 @@ class EvalTransform:
 
     def __call__(self, source: bytes | Image.Image) -> Tensor:
         """Raises BadSample where the image cannot be used."""
-        image = source if isinstance(source, Image.Image) else open_image(source, self.max_pixels)
-        crop = centre_crop(*oriented_size(image), self.share)
+        image = opened(source, self.max_pixels)
+        crop = centre_crop(*upright_size(image), self.share)
         return resized_region(image, crop, self.size, self.background).permute(2, 0, 1)
 
 
@@ -81,8 +82,8 @@ class TrainTransform:
     def drawn(self, source: bytes | Image.Image, rng: random.Random) -> tuple[Tensor, np.ndarray | None]:
         """The image without its colour jitter, and that jitter, for `samples.colors`. Raises as when called."""
         augment, background = self.augment, self.background
-        image = source if isinstance(source, Image.Image) else open_image(source, self.max_pixels)
-        crop = random_crop(*oriented_size(image), augment.scale, augment.ratio, rng)
+        image = opened(source, self.max_pixels)
+        crop = random_crop(*upright_size(image), augment.scale, augment.ratio, rng)
         region_HWC = resized_region(image, crop, self.size, background)
         if rng.random() < augment.flip:
             region_HWC = region_HWC.flip(1)
@@ -98,15 +99,30 @@ class TrainTransform:
         return region_HWC.permute(2, 0, 1), draw_change(augment, jitter, gray, rng)
 
 
-def resized_region(image: Image.Image, crop: Crop, size: int, background: RGB) -> Tensor:
+def opened(source: bytes | Image.Image, max_pixels: int) -> Image.Image | jpeg.Plain:
+    """The image with its header read and its size checked. Raises BadSample."""
+    if isinstance(source, Image.Image):
+        return source
+    plain = jpeg.plain(source)
+    return open_image(source, max_pixels) if plain is None or math.prod(plain.size) > max_pixels else plain
+
+
+def upright_size(image: Image.Image | jpeg.Plain) -> tuple[int, int]:
+    """(width, height) in pixels of an opened image as it is to be seen. Raises BadSample."""
+    return image.size if isinstance(image, jpeg.Plain) else oriented_size(image)
+
+
+def resized_region(image: Image.Image | jpeg.Plain, crop: Crop, size: int, background: RGB) -> Tensor:
     """A crop of an opened image in size x size pixels: uint8 [size, size, 3]. Raises BadSample."""
     pixels_HWC = jpeg.decode(image, min(crop[2:]) / size)
     if pixels_HWC is None:
+        if isinstance(image, jpeg.Plain):  # Pillow says what is wrong with it
+            image = open_image(image.data, math.prod(image.size))
         return resize(load_region(image, crop, size, background), size)
-    if (turn := turn_of(image)) is not None:
+    if isinstance(image, Image.Image) and (turn := turn_of(image)) is not None:
         pixels_HWC = np.array(Image.fromarray(pixels_HWC).transpose(turn))
     height, width = pixels_HWC.shape[:2]
-    left, top, right, bottom = scaled_box(crop, oriented_size(image), (width, height))
+    left, top, right, bottom = scaled_box(crop, upright_size(image), (width, height))
     return resize(pixels_HWC[top:bottom, left:right], size)
 
 

@@ -80,6 +80,25 @@ def test_a_header_that_is_read_in_two_ways_is_left_to_pillow_before_it_is_decode
     assert jpeg.decode(image, 1) is None and not decoded
 
 
+def test_a_header_is_plain_where_pillow_would_find_nothing_in_it() -> None:
+    whole = encoded(NOISY, "JPEG", icc_profile=bytes(500), comment="taken at noon", progressive=True)
+    assert jpeg.plain(whole) == (whole, NOISY.size) and same(both(whole))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    segments = {
+        "turned": b"\xff\xe1" + (len(exif.tobytes()) + 2).to_bytes(2, "big") + exif.tobytes(),
+        "turned by XMP": b'\xff\xe1\0\x33http://ns.adobe.com/xap/1.0/\0tiff:Orientation="6"',
+        "cut profile": b"\xff\xe2\0\x0fICC_PROFILE\0\1",
+        "cut JFIF": b"\xff\xe0\0\x08JFIF\0\1",
+        "junk": b"junk",
+        "padding": b"\xff",
+    }
+    for what, segment in segments.items():
+        data = whole[:2] + segment + whole[2:]
+        assert jpeg.plain(data) is None and same(both(data)), what
+    assert jpeg.plain(whole[:40]) is None
+
+
 def test_a_cut_file_has_the_same_cause() -> None:
     data = encoded(NOISY, "JPEG", progressive=True)
     for length in range(0, len(data), max(1, len(data) // 60)):
