@@ -133,8 +133,8 @@ def bytes_of_a_step(ranks: int, batch: int) -> dict[str, Any]:
         "parts": max(1, rows_b // MICRO_BATCH),
         "loss_memory_gb": round(loss_bytes(config, ranks, 2 * WIDTH) / GB, 2),
         "loss_tiles": tiles,
-        # Two products forward and four backward, of this rank's rows with all: 2 x rows x batch x width each.
-        "loss_tflop": round(6 * 2 * rows_b * batch * WIDTH / 1e12, 2),
+        # One product forward and three backward, of this rank's rows with all: 2 x rows x batch x width each.
+        "loss_tflop": round(4 * 2 * rows_b * batch * WIDTH / 1e12, 2),
         "towers_tflop": round(rows_b * 3 * FORWARD / 1e12, 2),
     }
 

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train import distributed
 from train.config import LossConfig
 from train.loss.ids import Ids
 from train.loss.products import exact_matmul
@@ -38,6 +39,7 @@ def contrastive_loss(
     bias: Tensor | None = None,
     image_ids_B: Tensor | None = None,
     text_ids_B: Tensor | None = None,
+    collective: bool = False,
 ) -> Tensor:
     """The contrastive loss of rows [start, stop) against the global batch; a scalar, fp32 inside.
 
@@ -50,6 +52,9 @@ def contrastive_loss(
         start, stop: this rank's rows; by default all rows.
         bias: [1], what is then added; sigmoid only, by default 0.
         image_ids_B, text_ids_B: integers, equal for equal images or captions; used where config.mask_duplicates is set.
+        collective: whether every rank calls this at once with the same batch and its own rows, in rank order. In tiles,
+            a pair's similarity is then computed on one rank only. The losses are the same; of the gradients only the
+            sum over ranks is, and only where all ranks multiply their loss by the same number.
 
     Raises:
         ValueError: an argument does not fit the others.
@@ -63,6 +68,9 @@ def contrastive_loss(
         )
     if not 0 <= start < stop <= B:
         raise ValueError(f"start {start} and stop {stop} must be a range of the {B} rows of image_BD")
+    if collective and stop - start < B and (start, stop) != distributed.span(B):
+        has = "rows {} to {}".format(*distributed.span(B))
+        raise ValueError(f"collective: rank {distributed.rank()} has {has} of {B}, not start {start} and stop {stop}")
     ids = None
     if config.mask_duplicates:
         if image_ids_B is None or text_ids_B is None or len(image_ids_B) != B or len(text_ids_B) != B:
@@ -78,8 +86,9 @@ def contrastive_loss(
             bias = torch.zeros_like(scale) if bias is None else bias.to(dtype).reshape(())
             sigmoid = tiled_sigmoid if config.rows == "tiled" else _sigmoid
             return sigmoid(image_BD, text_BD, scale, bias, own, config, ids)
-        softmax = tiled_softmax if config.rows == "tiled" else _softmax
-        return softmax(image_BD, text_BD, scale, own, config, ids)
+        if config.rows == "tiled":
+            return tiled_softmax(image_BD, text_BD, scale, own, config, ids, collective)
+        return _softmax(image_BD, text_BD, scale, own, config, ids)
 
 
 class _Product(Function):

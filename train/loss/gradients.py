@@ -24,7 +24,7 @@ Outputs = dict[str, Tensor]
 Objective = Callable[[Outputs, Rows], tuple[Tensor, Outputs]]
 """Outputs of the global batch and this rank's rows -> this rank's loss, and parts of it by their names: scalars.
 
-The mean of this rank's loss over ranks is the loss of the global batch."""
+The mean of this rank's loss over ranks is the loss of the global batch. Every rank calls it at once."""
 SCALARS = ("logit_scale", "logit_bias")
 """Outputs that do not belong to a row: they are the same for every part."""
 
@@ -68,11 +68,11 @@ def loss_gradients(
     shared = {name: outputs[0][name].detach().to(dtype).requires_grad_() for name in scalars if name in outputs[0]}
     own = {name: torch.cat([output[name].detach() for output in outputs]).to(dtype) for name in names}
     full = {name: distributed.all_gather_rows(value).requires_grad_() for name, value in own.items()}
-    ids = [None if ids_b is None else distributed.all_gather_rows(ids_b) for ids_b in (image_ids_b, text_ids_b)]
+    images_B, texts_B = (None if b is None else distributed.all_gather_rows(b) for b in (image_ids_b, text_ids_b))
 
     start = sum(sizes) * distributed.rank()
     inputs = full | shared
-    total, losses = objective(inputs, Rows(start, start + sum(sizes), *ids))
+    total, losses = objective(inputs, Rows(start, start + sum(sizes), images_B, texts_B, collective=True))
     found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
     grads = dict(zip(inputs, found, strict=True))
 

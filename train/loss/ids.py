@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """One rank's rows [start, stop) of the global batch; the arguments of that name of `contrastive_loss`."""
+    """One rank's rows [start, stop) of the global batch; the arguments of those names of `contrastive_loss`."""
 
     start: int = 0
     stop: int | None = None
     image_ids_B: Tensor | None = None
     text_ids_B: Tensor | None = None
+    collective: bool = False
 
 
 class Ids(NamedTuple):

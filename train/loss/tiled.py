@@ -1,7 +1,8 @@
 """The losses of train.loss a tile of logits at a time: neither B x B nor b x B numbers ever exist together.
 
-softmax: an online log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867), in both directions in one pass over the tiles
-where a rank owns all rows; its maxima and sums are saved, and the backward pass computes each tile again.
+softmax: an online log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867); its maxima and sums are saved, and the
+backward pass computes each tile again. One pass over the tiles of a rank's images with all texts does for both
+directions, as ranks reduce their maxima and sums of the columns: three vectors [B].
 sigmoid: a sum over pairs, so one pass yields the loss and its gradients.
 
 b: rows of this rank, B: pairs of the global batch, D: features, r and c: rows and columns of a tile.
@@ -18,18 +19,27 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train import distributed
 from train.config import LossConfig
 from train.loss.ids import Ids
 from train.loss.products import are_three, exact_matmul, matmul_of_parts, parts
 
 
 def tiled_softmax(
-    image_BD: Tensor, text_BD: Tensor, scale: Tensor, own: slice, config: LossConfig, ids: Ids | None
+    image_BD: Tensor,
+    text_BD: Tensor,
+    scale: Tensor,
+    own: slice,
+    config: LossConfig,
+    ids: Ids | None,
+    collective: bool,
 ) -> Tensor:
-    """The softmax loss of rows `own` in both directions."""
+    """The softmax loss of rows `own` in both directions; collective: as of `contrastive_loss`."""
     options = _Options(own, config.tile, config.label_smoothing, ids, are_three(image_BD))
     if own.stop - own.start == image_BD.shape[0]:
         return _TiledSoftmax.apply(image_BD, text_BD, scale, options, True)
+    if collective:
+        return _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, True)
     from_image = _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, False)
     from_text = _TiledSoftmax.apply(text_BD[own], image_BD, scale, options, False)
     return (from_image + from_text) / 2
@@ -145,16 +155,24 @@ class _CrossEntropy:
         self.sum_n[where] = self.sum_n[where] * (old_max - new_max).exp() + powers_rc.sum(self.dim)
         self.max_n[where] = new_max
 
-    def loss(self, positive_n: Tensor, smoothing: float) -> Tensor:
-        """The mean over n of log-sum-exp - (1 - smoothing) * positive - smoothing * mean."""
-        losses_n = (self.max_n - positive_n) + self.sum_n.log()
+    def add_ranks(self) -> None:
+        """Takes in the tiles of all other ranks; a collective."""
+        own_max = self.max_n
+        self.max_n = distributed.all_reduce_max(own_max)
+        own = torch.stack([self.sum_n * (own_max - self.max_n).exp(), self.mean_n])
+        self.sum_n, self.mean_n = distributed.all_reduce_sum(own)
+
+    def loss(self, where: slice, positive_r: Tensor, smoothing: float) -> Tensor:
+        """The mean over the r rows `where` of log-sum-exp - (1 - smoothing) * positive - smoothing * mean."""
+        losses_r = (self.max_n[where] - positive_r) + self.sum_n[where].log()
         if smoothing:
-            losses_n += smoothing * (positive_n - self.mean_n)
-        return losses_n.mean()
+            losses_r += smoothing * (positive_r - self.mean_n[where])
+        return losses_r.mean()
 
 
 class _TiledSoftmax(Function):
-    """Mean cross-entropy of rows_bD against all columns; with `both` (b = B), averaged with that of the columns."""
+    """Mean cross-entropy of rows_bD against all columns; with `both`, averaged with that of the columns that belong to
+    them against the rows of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, options: _Options, both: bool) -> Tensor:
@@ -168,9 +186,13 @@ class _TiledSoftmax(Function):
                 tile.logits_rc.masked_fill_(tile.excluded_rc, -torch.inf)
             for direction in directions:
                 direction.update(tile, options.smoothing)
+        if both and len(rows_bD) < len(columns_BD):
+            directions[1].add_ranks()
+        owned = (slice(None), options.own)
+        losses = [d.loss(where, positive_b, options.smoothing) for d, where in zip(directions, owned, strict=False)]
         ctx.options, ctx.both = options, both
         ctx.save_for_backward(rows_bD, columns_BD, scale, even_B, *(t for d in directions for t in (d.max_n, d.sum_n)))
-        return torch.stack([direction.loss(positive_b, options.smoothing) for direction in directions]).mean()
+        return torch.stack(losses).mean()
 
     @staticmethod
     @once_differentiable

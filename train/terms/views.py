@@ -79,6 +79,7 @@ class Views(Term):
             config=replace(config, kind="softmax", mask_duplicates=True, label_smoothing=0.0),
             image_ids_B=ids,
             text_ids_B=ids,
+            collective=rows.collective,
         )
         return options.image * loss, {"loss/views": loss}
 

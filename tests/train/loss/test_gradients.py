@@ -106,6 +106,10 @@ def test_outputs_that_do_not_fit_are_refused(change, match):
     ("arguments", "match"),
     [
         ({"start": 6, "stop": 6}, "start 6 and stop 6 must be a range of the 12 rows of image_BD"),
+        (
+            {"start": 2, "stop": 5, "collective": True},
+            "collective: rank 0 has rows 0 to 12 of 12, not start 2 and stop 5",
+        ),
         ({"stop": 13}, "start 0 and stop 13 must be a range of the 12 rows"),
         ({"config": LossConfig(mask_duplicates=True)}, "config.mask_duplicates needs image_ids_B and text_ids_B"),
     ],

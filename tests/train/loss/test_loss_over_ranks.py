@@ -3,33 +3,39 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.distributed import run_distributed
-from tests.train.loss.test_loss import KINDS, ROWS, Batch, plain_loss, relative, value_and_gradients
+from tests.train.loss.test_loss import KINDS, ROWS, Batch, far_apart, plain_loss, relative, value_and_gradients
 from train import distributed
 from train.config import LossConfig
 from train.loss.full import contrastive_loss
+from train.loss.products import three_products
 
-CONFIGS = [
-    LossConfig(kind=kind, rows=rows, tile=5, label_smoothing=smoothing, mask_duplicates=mask)
+CASES = [
+    (LossConfig(kind=kind, rows=rows, tile=5, label_smoothing=smoothing, mask_duplicates=mask), collective)
     for kind in KINDS
     for rows in ROWS
     for smoothing, mask in ((0.0, False), (0.1, True))
+    for collective in (False, True)
 ]
+ONE_PASS = [(config, True) for config, collective in CASES if collective and config.rows == "tiled"]
+BATCHES = {"random": lambda: Batch(16, dtype=torch.float32), "far apart": lambda: far_apart(16)}
 
 
-def own_gradients():
-    """For every config: the mean loss, this rank's rows of the gradients, and the gradients of scale and bias."""
+def own_gradients(make, cases, three=False):
+    """For every case: the mean loss, this rank's rows of the gradients, and the gradients of scale and bias."""
     world, rank = distributed.world_size(), distributed.rank()
-    whole = Batch(16, dtype=torch.float32)
+    whole = BATCHES[make]()
     b = 16 // world
     results = []
-    for config in CONFIGS:
+    for config, collective in cases:
         batch = whole.to(torch.float32)
         own = slice(rank * b, (rank + 1) * b)
         batch.image = distributed.all_gather_rows(whole.image[own]).requires_grad_()
         batch.text = distributed.all_gather_rows(whole.text[own]).requires_grad_()
-        loss = batch.loss(config, own.start, own.stop)
+        with three_products(three):
+            loss = batch.loss(config, own.start, own.stop, collective)
         image, text, *scalars = torch.autograd.grad(loss, batch.inputs(config.kind))
         rows = [distributed.reduce_scatter_rows(g) / world for g in (image, text)]
         results.append([distributed.all_reduce_sum(loss) / world, *rows])
@@ -37,16 +43,54 @@ def own_gradients():
     return results
 
 
+def all_gradients():
+    return {
+        "random": own_gradients("random", CASES),
+        "three": own_gradients("random", ONE_PASS, three=True),
+        "far apart": own_gradients("far apart", ONE_PASS),
+    }
+
+
+def one_process(batch, config):
+    return value_and_gradients(plain_loss(batch, config), batch.inputs(config.kind))
+
+
+def joined(results):
+    """Of all ranks' results of one case: those of the whole batch."""
+    return [results[0][0], *(torch.cat([r[i] for r in results]) for i in (1, 2)), *results[0][3:]]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_have_the_gradients_of_one_process(world):
-    ranks = run_distributed(own_gradients, world)
-    for index, config in enumerate(CONFIGS):
-        batch = Batch(16, dtype=torch.float32)
-        expected = value_and_gradients(plain_loss(batch, config), batch.inputs(config.kind))
-        results = [rank[index] for rank in ranks]
-        found = [results[0][0], *(torch.cat([r[i] for r in results]) for i in (1, 2)), *results[0][3:]]
-        for a, b in zip(found, expected, strict=True):
-            assert relative(a, b) <= 1e-6, (config, relative(a, b))
+    ranks = run_distributed(all_gradients, world)
+    for kind, cases, bound in (("random", CASES, 1e-6), ("three", ONE_PASS, 1e-4)):
+        for index, (config, collective) in enumerate(cases):
+            found = joined([rank[kind][index] for rank in ranks])
+            for a, b in zip(found, one_process(BATCHES["random"](), config), strict=True):
+                assert relative(a, b) <= bound, (kind, config, collective, relative(a, b))
+    for index, (config, _) in enumerate(ONE_PASS):
+        found = joined([rank["far apart"][index] for rank in ranks])
+        for a, b in zip(found, one_process(far_apart(16).to(torch.float64), config), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def products_of_a_rank():
+    """In units of B x B x D, with and without the work shared out; and whether a feature of rank 1 that is not a number
+    is seen in the loss."""
+    world, rank, batch = distributed.world_size(), distributed.rank(), Batch(16, dtype=torch.float32)
+    b, found = 16 // world, []
+    addmm = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    for collective in (False, True):
+        with FlopCounterMode(display=False, custom_mapping=addmm) as counter:
+            batch.loss(LossConfig(tile=5), rank * b, (rank + 1) * b, collective).backward()
+        found.append(counter.get_total_flops() / (2 * 16 * 16 * batch.image.shape[1]))
+    with torch.no_grad():
+        batch.image[b] = torch.nan
+    return [*found, bool(batch.loss(LossConfig(tile=5), rank * b, (rank + 1) * b, True).isnan())]
+
+
+def test_ranks_compute_each_similarity_once():
+    assert run_distributed(products_of_a_rank, 2) == [[4, 2, True]] * 2  # forward 1, backward 3, of half the rows
 
 
 def encoder_gradients(scheme):
