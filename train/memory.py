@@ -24,6 +24,7 @@ from train import distributed, terms
 from train.config import TOWERS, RunConfig
 from train.engine.precision import asked
 from train.engine.zero import BUCKET_ELEMENTS
+from train.loss.tiled import tile_on
 from train.model.pair import PairModel, build_model
 from train.run import watch
 from train.terms.objective import Objective
@@ -210,7 +211,7 @@ def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:
     Args:
         numbers: how many numbers the model puts out per pair: of both embeddings, and of the terms.
     """
-    batch, tile = config.train.global_batch, config.loss.tile
+    batch, tile = config.train.global_batch, tile_on("cuda" if torch.cuda.is_available() else "cpu", config.loss)
     features = 2 * batch * numbers * 4
     rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
     columns = min(tile, batch) if config.loss.rows == "tiled" else batch

@@ -35,6 +35,7 @@ from data_pipeline.storage.shards import ShardReader, ShardWriter
 from train import distributed
 from train.config import RunConfig
 from train.loss.gradients import loss_gradients
+from train.loss.tiled import tile_on
 from train.memory import GB, loss_bytes
 
 RANKS = (8, 64, 256, 1024)
@@ -117,7 +118,7 @@ def bytes_of_a_step(ranks: int, batch: int) -> dict[str, Any]:
         loss_gradients([outputs], objective)
     ring = (ranks - 1) / ranks
     gradients = 4 * PARAMETERS
-    tiles = -(-rows_b // config.loss.tile) * -(-batch // config.loss.tile)
+    tile = tile_on("cuda", config.loss)
     return {
         "ranks": ranks,
         "batch": batch,
@@ -132,7 +133,7 @@ def bytes_of_a_step(ranks: int, batch: int) -> dict[str, Any]:
         "weights_zero3_mb_per_pass": round(ring * gradients / 1e6),
         "parts": max(1, rows_b // MICRO_BATCH),
         "loss_memory_gb": round(loss_bytes(config, ranks, 2 * WIDTH) / GB, 2),
-        "loss_tiles": tiles,
+        "loss_tiles": -(-rows_b // tile) * -(-batch // tile),
         # One product forward and three backward, of this rank's rows with all: 2 x rows x batch x width each.
         "loss_tflop": round(4 * 2 * rows_b * batch * WIDTH / 1e12, 2),
         "towers_tflop": round(rows_b * 3 * FORWARD / 1e12, 2),

@@ -35,7 +35,7 @@ def tiled_softmax(
     collective: bool,
 ) -> Tensor:
     """The softmax loss of rows `own` in both directions; collective: as of `contrastive_loss`."""
-    options = _Options(own, config.tile, config.label_smoothing, ids, are_three(image_BD))
+    options = _options(image_BD, own, config, ids)
     if own.stop - own.start == image_BD.shape[0]:
         return _TiledSoftmax.apply(image_BD, text_BD, scale, options, True)
     if collective:
@@ -49,8 +49,13 @@ def tiled_sigmoid(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, own: slice, config: LossConfig, ids: Ids | None
 ) -> Tensor:
     """The sigmoid loss of image rows `own` with all texts."""
-    options = _Options(own, config.tile, config.label_smoothing, ids, are_three(image_BD))
+    options = _options(image_BD, own, config, ids)
     return _TiledSigmoid.apply(image_BD[own], text_BD, scale, bias, options)
+
+
+def tile_on(device_type: str, config: LossConfig) -> int:
+    """Rows and columns of a tile: as configured, or what suits such a device (`cpu`, `cuda`)."""
+    return config.tile or (1024 if device_type == "cpu" else 4096)
 
 
 class _Options(NamedTuple):
@@ -66,6 +71,10 @@ class _Options(NamedTuple):
         if self.ids is None or not self.smoothing:
             return 1 / features_BD.new_full((B,), B)
         return 1 / self.ids.kept().to(features_BD.dtype)
+
+
+def _options(image_BD: Tensor, own: slice, config: LossConfig, ids: Ids | None) -> _Options:
+    return _Options(own, tile_on(image_BD.device.type, config), config.label_smoothing, ids, are_three(image_BD))
 
 
 class _Tile(NamedTuple):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train.config import LossConfig
 from train.loss.full import contrastive_loss
 from train.loss.products import three_products
+from train.loss.tiled import tile_on
 
 ROWS = ["full", "local", "tiled"]
 KINDS = ["softmax", "sigmoid"]
@@ -235,6 +236,11 @@ def test_not_a_number_stays_visible():
         with torch.no_grad():
             batch.image[4, 0] = torch.nan
         assert batch.loss(LossConfig(kind=kind, rows=rows, tile=4)).isnan()
+
+
+def test_tiles_are_larger_where_there_is_no_small_cache():
+    assert (tile_on("cpu", LossConfig()), tile_on("cuda", LossConfig())) == (1024, 4096)
+    assert tile_on("cuda", LossConfig(tile=7)) == 7
 
 
 class LargestTensor(TorchDispatchMode):
