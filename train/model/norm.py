@@ -24,8 +24,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from train.config import Norm
 from train.distributed import all_reduce_sum, world_size
 
-CACHED = 1 << 17
-"""Numbers of a tensor that a CPU's cache holds, with two more of that size."""
+CACHED, WIDTH, LENGTH = 1 << 19, 1 << 11, 1 << 9
+"""Of a part of a tensor: how many numbers a CPU's cache holds, how many are beside one another, and how many torch's
+kernels for channels_last may add up, which they do in one long fp32 sum."""
 
 
 class MicroBatchNorm(_BatchNorm):
@@ -99,57 +100,85 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BCHW, weight_C, bias_C, running_mean_C, running_var_C, momentum, eps, total):
         x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
-        count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
-        totals = total(torch.cat((x.sum((0, 2, 3)), count)))
+        channels, beside = len(weight_C), _pixels_beside(x)
+        parts = [part for (part,) in _in_cache(beside, x)]
+        # Filled on the device: numbers that come from the host would make a GPU wait. Only the last part is smaller.
+        counts_P1 = x.new_full((len(parts) * beside, 1), parts[0].numel() // parts[0].shape[1])
+        counts_P1[-beside:] = parts[-1].numel() // parts[-1].shape[1]
+        moments = zip(*(torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts), strict=True)
+        means_PC, vars_PC = (torch.stack(of_parts).view(-1, channels) for of_parts in moments)
+        totals = total(torch.cat(((means_PC * counts_P1).sum(0), counts_P1.sum(0))))
         n = totals[-1]
         mean_C = totals[:-1] / n
-        # Squares about the mean in a second sum: E[x^2] - mean^2 would cancel where the mean is large.
-        y = torch.empty_like(x)
-        for part, squares in _in_cache(x, y):
-            torch.sub(part, mean_C, out=squares).square_()
-        var_C = total(y.sum((0, 2, 3))) / n
-        inverse_std_C = (var_C + eps).rsqrt()
+        # The variance of all from those of parts (Chan, Golub and LeVeque, Stanford STAN-CS-79-773, 1979):
+        # E[x^2] - mean^2 would cancel where the mean is large.
+        var_C = total((counts_P1 * (vars_PC + (means_PC - mean_C).square())).sum(0)) / n
         running_mean_C.lerp_(mean_C, momentum)
         running_var_C.lerp_(var_C * (n / (n - 1)), momentum)
-        ctx.save_for_backward(x_BCHW, weight_C, mean_C, inverse_std_C, n)
+        ctx.save_for_backward(x_BCHW, weight_C, mean_C, (var_C + eps).rsqrt(), n)
         ctx.total = total
-        scale_C = inverse_std_C * weight_C
-        for part, normalized in _in_cache(x, y):
-            torch.sub(part, mean_C, out=normalized).mul_(scale_C).add_(bias_C)
-        return y.to(x_BCHW.dtype)
+        return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, False, 0.0, eps).to(x_BCHW.dtype)
 
     @staticmethod
     def backward(ctx, dy_BCHW):
         x_BCHW, weight_C, mean_C, inverse_std_C, n = ctx.saved_tensors
-        dy = dy_BCHW.to(mean_C.dtype)
-        products = torch.empty_like(dy)
-        for part, of_y, product in _in_cache(x_BCHW, dy, products):
-            torch.sub(part, mean_C, out=product).mul_(inverse_std_C).mul_(of_y)
-        # Each in the order in which its numbers lie in memory, which decides how their sum is rounded.
-        dbias_C, dweight_C = dy.sum((0, 2, 3)), products.sum((0, 2, 3))
+        x = x_BCHW.to(mean_C.dtype)
+        dy, dx = _laid_out_as(x, dy_BCHW), torch.empty_like(x)
+        channels, beside = len(weight_C), _pixels_beside(x)
+        wide = [value_C.repeat(beside) for value_C in (weight_C, mean_C, inverse_std_C)]
+        of_parts = [_weight_gradient(*part, *wide) for part in _in_cache(beside, x, dy)]
+        dweight_C, dbias_C = torch.stack(of_parts).view(-1, channels).sum(0), dy.sum((0, 2, 3))
         mean_dy_C, mean_dy_xhat_C = ctx.total(torch.stack((dbias_C, dweight_C))) / n
         scale_C = inverse_std_C * weight_C
-        alike = products.stride() == x_BCHW.stride()
-        dx = products if alike else torch.empty_like(x_BCHW, dtype=dy.dtype)
-        for part, of_y, of_x in _in_cache(x_BCHW, dy, dx):
-            xhat = torch.sub(part, mean_C, out=of_x).mul_(inverse_std_C)
-            xhat.mul_(-mean_dy_xhat_C).add_(of_y).sub_(mean_dy_C).mul_(scale_C)
+        slope_C = -scale_C * inverse_std_C * mean_dy_xhat_C
+        shift_C = -scale_C * mean_dy_C - mean_C * slope_C
+        scale, slope, shift = (value_C.repeat(beside)[:, None, None] for value_C in (scale_C, slope_C, shift_C))
+        for part, of_y, of_x in _in_cache(beside, x, dy, dx):
+            torch.addcmul(shift, part, slope, out=of_x).addcmul_(of_y, scale)
         return dx.to(x_BCHW.dtype), dweight_C, dbias_C, None, None, None, None, None
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, weight_C: Tensor, mean_C: Tensor, inverse_std_C: Tensor) -> Tensor:
+    """Of each channel sum(dy * xhat)."""
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(dy, x, weight_C, None, None, mean_C, inverse_std_C, True, 0.0, [False, True, False])[1]
+
+
+def _laid_out_as(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+    """The values of y in the dtype and layout of x."""
+    alike = y_BCHW.dtype == x_BCHW.dtype and y_BCHW.stride() == x_BCHW.stride()
+    return y_BCHW if alike else torch.empty_like(x_BCHW).copy_(y_BCHW)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _in_cache(*tensors_BCHW: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts [..., C] of tensors of one shape, views, so small that a CPU reads each of them once from memory,
-    however much is done with it; elsewhere the whole."""
-    whole = [tensor.permute(0, 2, 3, 1) for tensor in tensors_BCHW]
-    if whole[0].device.type == "cpu" and all(tensor.is_contiguous() for tensor in whole):
-        rows = max(1, CACHED // whole[0].shape[-1])
-        yield from zip(*(tensor.flatten(0, 2).split(rows) for tensor in whole), strict=True)
-    else:
-        yield tuple(whole)
+def _pixels_beside(x_BCHW: Tensor) -> int:
+    """How many pixels `_in_cache` may put beside one another."""
+    channels = x_BCHW.shape[1]
+    power_of_two = 1 << max(1, WIDTH // channels).bit_length() - 1
+    return math.gcd(x_BCHW.numel() // channels, power_of_two) if _comes_in_parts(x_BCHW) else 1
+
+
+def _in_cache(beside: int, *tensors_BCHW: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of tensors of one shape and layout: views [1, beside * C, R, 1] of what is channels_last and on a
+    CPU, so small that it reads each of them once from memory, however much is done with it; of others, the whole.
+
+    beside: pixels that count as one with more channels, so that the sums over R are short: that is exact, and fast.
+    """
+    if not _comes_in_parts(tensors_BCHW[0]):
+        yield tensors_BCHW
+        return
+    width = beside * tensors_BCHW[0].shape[1]
+    rows = max(1, min(LENGTH, CACHED // width))
+    wide = (x_BCHW.permute(0, 2, 3, 1).reshape(-1, width) for x_BCHW in tensors_BCHW)
+    for parts in zip(*(rows_RW.split(rows) for rows_RW in wide), strict=True):
+        yield tuple(part_RW.T[None, :, :, None] for part_RW in parts)
+
+
+def _comes_in_parts(x_BCHW: Tensor) -> bool:
+    return x_BCHW.device.type == "cpu" and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def _torch_sums_roughly(x_BCHW: Tensor) -> bool:
