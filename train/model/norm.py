@@ -122,8 +122,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_BCHW):
         x_BCHW, weight_C, mean_C, inverse_std_C, n = ctx.saved_tensors
-        x = x_BCHW.to(mean_C.dtype)
-        dy, dx = _laid_out_as(x, dy_BCHW), torch.empty_like(x)
+        x, dy = x_BCHW.to(mean_C.dtype), dy_BCHW.to(mean_C.dtype)
         channels, beside = len(weight_C), _pixels_beside(x)
         wide = [value_C.repeat(beside) for value_C in (weight_C, mean_C, inverse_std_C)]
         of_parts = [_weight_gradient(*part, *wide) for part in _in_cache(beside, x, dy)]
@@ -133,6 +132,7 @@ class _Normalize(torch.autograd.Function):
         slope_C = -scale_C * inverse_std_C * mean_dy_xhat_C
         shift_C = -scale_C * mean_dy_C - mean_C * slope_C
         scale, slope, shift = (value_C.repeat(beside)[:, None, None] for value_C in (scale_C, slope_C, shift_C))
+        dx = torch.empty_like(x)
         for part, of_y, of_x in _in_cache(beside, x, dy, dx):
             torch.addcmul(shift, part, slope, out=of_x).addcmul_(of_y, scale)
         return dx.to(x_BCHW.dtype), dweight_C, dbias_C, None, None, None, None, None
@@ -142,12 +142,6 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight_C: Tensor, mean_C: Tensor, in
     """Of each channel sum(dy * xhat)."""
     backward = torch.ops.aten.native_batch_norm_backward
     return backward(dy, x, weight_C, None, None, mean_C, inverse_std_C, True, 0.0, [False, True, False])[1]
-
-
-def _laid_out_as(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-    """The values of y in the dtype and layout of x."""
-    alike = y_BCHW.dtype == x_BCHW.dtype and y_BCHW.stride() == x_BCHW.stride()
-    return y_BCHW if alike else torch.empty_like(x_BCHW).copy_(y_BCHW)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -162,8 +156,9 @@ def _pixels_beside(x_BCHW: Tensor) -> int:
 
 
 def _in_cache(beside: int, *tensors_BCHW: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts of tensors of one shape and layout: views [1, beside * C, R, 1] of what is channels_last and on a
-    CPU, so small that it reads each of them once from memory, however much is done with it; of others, the whole.
+    """The same parts of tensors of one shape: where the first is channels_last and on a CPU, [1, beside * C, R, 1], so
+    small that it reads each of them once from memory, however much is done with it, and views if they are channels_last
+    as well; else the whole.
 
     beside: pixels that count as one with more channels, so that the sums over R are short: that is exact, and fast.
     """
