@@ -1,13 +1,15 @@
 """What a whole run takes on 1 to 64 devices of this kind: python -m launch.price --config RUN.yaml [--field value ...]
 
     --gpus 1 8 64          numbers of processes to price, one device each (default: 1 2 4 8 16 32 64)
+    --engine zero2         ddp, zero1, zero2 or zero3 (default: ddp)
+    --precision bf16       or fp32 (default: bf16 on GPUs, fp32 on CPU cores)
     --price-per-hour 2.5   of one device
     --seconds 60           about how long to measure here
     --json                 one JSON object instead of the table
 
 It measures, with the run's own model, data and functions, steps of a few micro-batches, the loss, the loader and the
-collectives of two processes, and adds them up for DDP. Of the gradients' exchange nothing is taken to hide behind the
-backward pass, and every link to be like those here; evaluation and checkpoints are left out.
+collectives of two processes, and adds them up. Of the exchange nothing is taken to hide behind the computation, and
+every link to be like those here; evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,23 +43,30 @@ from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.build import engine_of_run
 from train.engine.optim import set_lrs
-from train.engine.start import start
+from train.engine.start import join, make_accelerator, start
 from train.feed import Feed
 from train.loss.ids import Rows
+from train.memory import engine_name
 from train.model.pair import build_model
 from train.model.text_files import tokenizer_name
 from train.step import training_step
 from train.terms.objective import Objective
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 ROOT = Path(__file__).resolve().parents[1]
 GPUS = (1, 2, 4, 8, 16, 32, 64)
+ENGINES = tuple(map(engine_name, range(4)))
+PRECISIONS = {"bf16": "bf16", "fp32": "no"}
+"""Accelerate's words for them."""
 MOST_ROWS = 4096
 """Of the loss that is measured; larger ones take as much longer as they have more logits."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds on one device of this machine, and bytes.
+    """Seconds on one device of this machine, and bytes; under ZeRO `stage`, 0 for DDP.
 
     fixed: a step's part that does not depend on its micro-batches (optimizer). kept: a micro-batch whose activations
     stay; cached: one that goes forward twice. logit: of the loss, with its gradient, per row and column. loader: a
@@ -73,6 +83,20 @@ class Calibration:
     gradients: int
     features: int
     links: Links | None
+    stage: int = 0
+
+
+def exchanged(stage: int, parts: int) -> tuple[float, float]:
+    """How often a step all-reduces as many bytes as there are of gradients, and how often it gathers as many.
+
+    As DeepSpeed 0.19 does it with its defaults, which tests/launch/test_price.py counts: stages 1 and 2 all-reduce and
+    keep their part of the result, 2 for every part of a rank's share; stage 3 reduces and scatters, which is half of
+    that, and gathers the weights for every forward and every backward pass. Where there is one part, its backward pass
+    finds them, in towers of less than 1e9 parameters.
+    """
+    if stage == 3:
+        return parts / 2, 1.0 if parts == 1 else 3.0 * parts - 1
+    return float(parts if stage == 2 else 1), float(stage > 0)
 
 
 def predict(found: Calibration, config: RunConfig, world: int) -> dict[str, float]:
@@ -93,11 +117,13 @@ def predict(found: Calibration, config: RunConfig, world: int) -> dict[str, floa
     exchange = 0.0
     if found.links is not None:
         features = train.global_batch * found.features  # gathered, and their gradients reduced
-        exchange = found.links.of(world, found.gradients + features, features)
-    computing = found.fixed + towers + loss + exchange
+        reduced, gathered = (found.gradients * times for times in exchanged(found.stage, -(-share // resident)))
+        exchange = found.links.of(world, reduced + features, gathered + features)
+    fixed = found.fixed / (world if found.stage else 1)  # under ZeRO each updates its part
+    computing = fixed + towers + loss + exchange
     loader = share * found.loader
     wait = loader if found.alone else max(0.0, loader - computing)
-    parts = {"towers": towers, "loss": loss, "exchange": exchange, "other": found.fixed, "wait": wait}
+    parts = {"towers": towers, "loss": loss, "exchange": exchange, "other": fixed, "wait": wait}
     return parts | {"step": sum(parts.values())}
 
 
@@ -147,7 +173,7 @@ def calibrate(
     logit, features = _loss(config, engine, clock)
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     alone = number_of_workers(config.data.workers) == 0
-    return Calibration(fixed, kept, cached, logit, loader, alone, 4 * learning, features, links)
+    return Calibration(fixed, kept, cached, logit, loader, alone, 4 * learning, features, links, engine.stage)
 
 
 def _loader(
@@ -192,6 +218,20 @@ def _loss(config: RunConfig, engine: Engine, clock: Callable[[], float]) -> tupl
     return statistics.median(took) / rows**2, width * (8 if dtype == torch.float64 else 4)
 
 
+def all_ranks_here(stage: int) -> Accelerator:
+    """This process as all ranks of a run under ZeRO `stage`, 0 for none; DeepSpeed wants a process group."""
+    if stage:
+        ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    join()
+    return make_accelerator(stage)
+
+
+def usual_precision() -> str:
+    """Of the launchers, where they are not told."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
 def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
@@ -215,12 +255,12 @@ def links_here() -> Links | None:
     return Links(**json.loads(done.stdout[done.stdout.index("{") :]))
 
 
-def table(predictions: Sequence[dict[str, Any]], config: RunConfig, steps: int, device: str, price: float) -> str:
+def table(how: str, rows: Sequence[dict[str, Any]], price: float) -> str:
     """For the screen."""
-    lines = [f"{steps} steps of {config.train.global_batch} pairs on {device}, under DDP:"]
+    lines = [how]
     heads = ("devices", "step", "towers", "loss", "exchange", "wait", "whole run", "device-hours")
     lines.append("".join(f"{head:>14}" for head in heads) + ("         price" if price else ""))
-    for row in predictions:
+    for row in rows:
         if "why" in row:
             lines.append(f"{row['devices']:>14}  {row['why']}")
             continue
@@ -252,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.price", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=ENGINES, default="ddp", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="", help=argparse.SUPPRESS)
     parser.add_argument("--price-per-hour", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
@@ -271,19 +313,23 @@ def _price(options: argparse.Namespace, fields: list[str]) -> None:
         raise ValueError("launch.price starts its processes itself: run it without a launcher")
     config = cli.parse(fields)
     check(config)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision := options.precision or usual_precision()]
     feed = Feed(config)
-    links = links_here() if max(options.gpus) > 1 else None
-    accelerator = start()
-    model = build_model(config, feed.mean, feed.std, pretrained=False)
-    engine = engine_of_run(accelerator, model, config)
-    endless = Feed(replace(config, train=replace(config.train, steps=feed.steps + 10**6)))
-    found = calibrate(config, engine, links, options.seconds, endless)
+    with redirect_stdout(sys.stderr):  # DeepSpeed says on stdout what it finds
+        links = links_here() if max(options.gpus) > 1 else None
+        accelerator = all_ranks_here(ENGINES.index(options.engine))
+        model = build_model(config, feed.mean, feed.std, pretrained=False)
+        engine = engine_of_run(accelerator, model, config)
+        endless = Feed(replace(config, train=replace(config.train, steps=feed.steps + 10**6)))
+        found = calibrate(config, engine, links, options.seconds, endless)
     rows = priced(found, config, feed.steps, options.gpus, options.price_per_hour)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
     if options.json:
-        print(json.dumps({"device": device, "steps": feed.steps, "calibration": asdict(found), "runs": rows}, indent=2))
+        said = {"device": device, "steps": feed.steps, "engine": options.engine, "precision": precision}
+        print(json.dumps(said | {"calibration": asdict(found), "runs": rows}, indent=2))
     else:
-        print(table(rows, config, feed.steps, device, options.price_per_hour))
+        how = f"{feed.steps} steps of {config.train.global_batch} pairs on {device}, {options.engine}, {precision}:"
+        print(table(how, rows, options.price_per_hour))
 
 
 def _print_links() -> int:

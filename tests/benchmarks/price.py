@@ -1,6 +1,6 @@
 """launch.price beside what it predicts: steps of 1, 2 and 4 real processes, by CPU time.
 
-    python -m tests.benchmarks.price [--json]
+    python -m tests.benchmarks.price [--json] [--engines ddp zero1 zero2 zero3]
 
 ResNet-18 at 64 pixels and a BERT of two layers, 32 pairs in micro-batches of 8, one thread a process, gloo. CPU time of
 a process is what a step takes where each has a core of its own, however busy the machine is.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -19,36 +20,40 @@ from pathlib import Path
 from launch.links import Links, measure_links
 from launch.price import Calibration, calibrate, predict
 from tests.support.distributed import run_distributed
+from tests.support.exactness import engine_environment
 from tests.support.running import prepare
 from train import cli, distributed
 from train.config import RunConfig
 
-PROCESSES = (1, 2, 4)
+PROCESSES = {"ddp": (1, 2, 4), "zero1": (1, 2), "zero2": (1, 2), "zero3": (1, 2)}
 STEPS = 7
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object per number of processes")
+    parser.add_argument("--engines", nargs="+", choices=PROCESSES, default=list(PROCESSES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         config = prepare(Path(directory), steps=10_000)
-        for row in compared(config, directory):
-            print(json.dumps(row) if options.json else row, flush=True)
+        links = run_distributed(links_of, 2)[0]
+        for engine in options.engines:
+            for row in compared(config, directory, engine, links):
+                print(json.dumps(row) if options.json else row, flush=True)
 
 
-def compared(config: RunConfig, directory: str) -> list[dict]:
+def compared(config: RunConfig, directory: str, engine: str, links: Links) -> list[dict]:
     """Per number of processes, predicted and measured CPU seconds of a step."""
+    environment = engine_environment(engine, directory)
     path = Path(directory) / "config.yaml"
     path.write_text(cli.to_yaml(config))
-    links = run_distributed(links_of, 2)[0]
-    (found,) = run_distributed(calibration_of, 1, str(path), links)
+    (found,) = run_distributed(calibration_of, 1, str(path), links, environment=environment)
     rows = []
-    for processes in PROCESSES:
+    for processes in PROCESSES[engine]:
         parts = predict(found, config, processes)
-        measured = statistics.mean(run_distributed(step_of, processes, str(path)))
+        measured = statistics.mean(run_distributed(step_of, processes, str(path), environment=environment))
         shown = {part: round(value, 4) for part, value in parts.items()}
-        rows.append({"processes": processes, "measured": round(measured, 4), **shown})
+        rows.append({"engine": engine, "processes": processes, "measured": round(measured, 4), **shown})
         rows[-1]["error"] = round(parts["step"] / measured - 1, 3)
     return rows
 
@@ -66,6 +71,7 @@ def calibration_of(path: str, links: Links) -> Calibration:
     from train.feed import Feed
     from train.model.pair import build_model
 
+    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     config, accelerator = cli.load(path), start()
     feed = Feed(config)
     engine = engine_of_run(accelerator, build_model(config, feed.mean, feed.std), config)
@@ -83,6 +89,7 @@ def step_of(path: str) -> float:
     from train.model.pair import build_model
     from train.step import training_step
 
+    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     config, accelerator = cli.load(path), start()
     feed = Feed(config)
     engine = engine_of_run(accelerator, build_model(config, feed.mean, feed.std), config)

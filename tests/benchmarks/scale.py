@@ -125,10 +125,10 @@ def bytes_of_a_step(ranks: int, batch: int) -> dict[str, Any]:
         "features_mb": round(wire.sent["gather"] / 1e6, 1),
         "feature_gradients_mb": round(wire.sent["scatter"] / 1e6, 1),
         "scalars_bytes": round(wire.sent["reduce"]),
-        # DDP and ZeRO-1 all-reduce once. ZeRO-2 and 3 reduce to the owner in every backward pass of a share, and gather
-        # the updated weights (2), or the weights before each forward and backward pass (3).
+        # DDP and ZeRO-1 all-reduce once, DeepSpeed's ZeRO-2 in every backward pass of a share; ZeRO-3 reduces and
+        # scatters there. 1 and 2 gather the updated weights, 3 the weights before each forward and backward pass.
         "gradients_ddp_mb": round(2 * ring * gradients / 1e6),
-        "gradients_zero2_mb_per_part": round(ring * gradients / 1e6),
+        "gradients_zero2_mb_per_part": round(2 * ring * gradients / 1e6),
         "weights_zero2_mb": round(ring * gradients / 1e6),
         "weights_zero3_mb_per_pass": round(ring * gradients / 1e6),
         "parts": max(1, rows_b // MICRO_BATCH),

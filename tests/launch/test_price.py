@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from launch.links import Links
-from launch.price import Calibration, main, predict, priced
+from launch.price import Calibration, exchanged, main, predict, priced
+from tests.support.distributed import run_distributed
+from tests.support.exactness import engine_environment, make_batch
 from tests.support.running import prepare
 from train import cli
 from train.config import RunConfig
@@ -32,6 +34,65 @@ def test_a_step_is_the_sum_of_its_parts():
     assert four["towers"] == 1.5 + 1.0
     # Rings: three quarters of 2 x (1 GB of gradients + 1 GB of features' gradients), and of 1 GB of features.
     assert four["exchange"] == pytest.approx(2 * 0.003 + 2 * 0.75 * 2.024 + 0.75 * 1.024 / 2)
+
+
+def test_zero_exchanges_more_and_each_rank_updates_its_part():
+    for stage, reduced, gathered in ((1, 1, 1), (2, 2, 1), (3, 1, 5)):  # of 1 GB, in two parts of a rank's share
+        four = predict(replace(FOUND, stage=stage), config_of(1), 4)
+        wanted = 2 * 0.003 + 2 * 0.75 * (reduced + 1.024) + 0.75 * (gathered + 1.024) / 2
+        assert four["exchange"] == pytest.approx(wanted)
+        assert four["other"] == 0.5 / 4
+    assert predict(replace(FOUND, stage=3), config_of(1), 1)["exchange"] == 0
+
+
+def exchanged_by(path: str) -> tuple[float, float]:
+    """What DeepSpeed all-reduces (half of it where it scatters) and gathers in a step, in units of the gradients."""
+    from collections import Counter
+
+    from torch import distributed as dist
+
+    sent: Counter[str] = Counter()
+
+    def count(name: str, whole: str, position: int, share: float = 1.0) -> None:
+        plain = getattr(dist, name)
+
+        def counting(*arguments, **named):
+            tensor = arguments[position] if len(arguments) > position else named[whole]
+            sent[name] += share * tensor.nbytes
+            return plain(*arguments, **named)
+
+        setattr(dist, name, counting)
+
+    count("all_reduce", "tensor", 0)
+    count("reduce_scatter_tensor", "input", 1, share=0.5)
+    count("all_gather_into_tensor", "output_tensor", 0)  # before DeepSpeed looks them up
+    from train import distributed
+    from train.engine.build import engine_of_run
+    from train.engine.start import start
+    from train.model.pair import build_model
+    from train.step import training_step
+
+    config = cli.load(path)
+    engine = engine_of_run(start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    gradients = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    share = config.train.global_batch // config.train.micro_batch // distributed.world_size()
+    for step in range(2):  # stage 3 has to see once which weights come when
+        sent.clear()
+        training_step(engine, make_batch(config, step)[distributed.rank() * share :][:share], config)
+    reduced = sent["all_reduce"] + sent["reduce_scatter_tensor"]
+    return reduced / gradients, sent["all_gather_into_tensor"] / gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "parts"), [(1, 2), (2, 2), (2, 1), (3, 4), (3, 2), (3, 1)])
+def test_what_deepspeed_exchanges(tmp_path, stage, parts):
+    config = prepare(tmp_path)
+    config.data.image_size, config.train.global_batch, config.train.resident = 32, 16 * parts, 1
+    (tmp_path / "run.yaml").write_text(cli.to_yaml(config))
+    environment = engine_environment(f"zero{stage}", tmp_path)
+    found = run_distributed(exchanged_by, 2, str(tmp_path / "run.yaml"), environment=environment)[0]
+    # Beside it go small numbers; stage 3 keeps small weights everywhere.
+    assert found == pytest.approx(exchanged(stage, parts), rel=0.03, abs=0.01)
 
 
 def test_a_loader_that_is_slower_is_waited_for():
