@@ -3,7 +3,7 @@
 ResNet-50 and BERT-base (134 M parameters, 1.6 GB to save), fp32, one process, one thread, no GPU; small images and few
 pairs, so that a step is as short as it can be. Saves in the background and in the foreground take turns in one process.
 Starts are of `python -m train`, from the command to the end of the first step, fresh and resumed in turns; what they
-compute is the same.
+compute is the same. `ranks`: steps and saves in the background of two ranks over gloo, by engine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,9 @@ import torch
 
 from tests.benchmarks.batches import random_batch
 from tests.support import running
-from train import checkpoint
+from tests.support.distributed import run_distributed
+from tests.support.exactness import engine_environment
+from train import checkpoint, cli
 from train.config import RunConfig
 from train.run.records import METRICS, cut
 
@@ -33,11 +36,12 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="of each kind")
     parser.add_argument("--layers", type=int, default=12, help="of the text tower")
     parser.add_argument("--json", action="store_true", help="one JSON object per measurement")
+    parser.add_argument("--only", choices=MEASURED, nargs="+", default=list(MEASURED))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name, measure in (("save", stalls), ("start", starts)):
+    for name in options.only:
         with tempfile.TemporaryDirectory() as directory:
-            found = measure(config_of(Path(directory), options.layers), options)
+            found = MEASURED[name](config_of(Path(directory), options.layers), options)
         print(json.dumps({"measured": name} | found) if options.json else f"{name}: {found}", flush=True)
 
 
@@ -110,6 +114,57 @@ def stalls(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def by_engine(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """How long a save in the background holds up rank 0 of two, in steps: by wall time and by CPU time."""
+    path = Path(config.runs_dir).parent / "ranks.yaml"
+    config.train.global_batch = 8
+    path.write_text(cli.to_yaml(config))
+    found = {}
+    for engine in ("ddp", "zero1", "zero2", "zero3"):
+        environment = engine_environment(engine, path.parent)
+        found[engine] = run_distributed(stall_of, 2, str(path), options.saves, environment=environment, timeout=1200)[0]
+    return found
+
+
+def stall_of(path: str, saves: int) -> dict[str, float]:
+    """Medians of this rank; the first save, which allocates, is left out."""
+    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
+    from train import distributed
+    from train.checkpoint import TrainState
+    from train.engine.build import engine_of_run
+    from train.engine.ema import WeightAverage
+    from train.engine.start import start
+    from train.model.pair import build_model
+    from train.saving import saver
+    from train.step import training_step
+
+    config = cli.load(path)
+    engine = engine_of_run(start(), build_model(config, (0.5,) * 3, (0.25,) * 3), config)
+    average, state = WeightAverage(engine, 0.0), TrainState()
+    writer = saver.Saver(Path(config.runs_dir) / config.name, config, {}, print)
+    taken: dict[str, list[float]] = {"step": [], "stall": [], "step_cpu": [], "stall_cpu": []}
+
+    def timed(name: str, call: Callable[[], object]) -> None:
+        distributed.barrier()
+        began, cpu = time.perf_counter(), time.process_time()
+        call()
+        taken[f"{name}_cpu"].append(time.process_time() - cpu)
+        taken[name].append(time.perf_counter() - began)
+
+    for number in range(saves + 1):
+        for _ in range(2):
+            batch = random_batch(config, state.step)[distributed.rank() :][:1]
+            timed("step", lambda batch=batch: training_step(engine, batch, config))
+            state.step += 1
+        timed("stall", lambda: writer.save(engine, average, state))
+        writer.wait()
+        if not number:
+            taken = {name: [] for name in taken}
+    middle = {name: median(values) for name, values in taken.items()}
+    middle["stall_in_steps"] = middle["stall"] / middle["step"]
+    return middle | {"stall_in_steps_cpu": middle["stall_cpu"] / middle["step_cpu"]}
+
+
 def starts(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds to the end of the first step of a fresh run, and of one that resumes."""
     directory = Path(config.runs_dir).parent
@@ -141,6 +196,8 @@ def to_first_step(config: RunConfig, directory: Path, ended_by: signal.Signals) 
     process.wait()
     return seconds
 
+
+MEASURED = {"save": stalls, "start": starts, "ranks": by_engine}
 
 if __name__ == "__main__":
     main()
