@@ -100,9 +100,10 @@ def random_crop(
     scale: share of the area; ratio: width / height, drawn evenly in its logarithm. Where ten draws do not fit into the
     image, the largest crop in its middle whose ratio is allowed.
     """
+    logarithms = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(*logarithms))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)

@@ -63,7 +63,7 @@ class EvalTransform:
         """Raises BadSample where the image cannot be used."""
         image = opened(source, self.max_pixels)
         crop = centre_crop(*upright_size(image), self.share)
-        return resized_region(image, crop, self.size, self.background).permute(2, 0, 1)
+        return resized_region(image, crop, self.size, self.background)
 
 
 class TrainTransform:
@@ -84,19 +84,19 @@ class TrainTransform:
         augment, background = self.augment, self.background
         image = opened(source, self.max_pixels)
         crop = random_crop(*upright_size(image), augment.scale, augment.ratio, rng)
-        region_HWC = resized_region(image, crop, self.size, background)
+        image_CHW = resized_region(image, crop, self.size, background)
         if rng.random() < augment.flip:
-            region_HWC = region_HWC.flip(1)
+            image_CHW = image_CHW.flip(2)
         jitter = any(augment.jitter) and rng.random() < augment.jitter_probability
         gray = rng.random() < augment.grayscale
         if augment.rotation or augment.rand_ops:
-            image = Image.fromarray(region_HWC.numpy())
+            picture = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
             if augment.rotation:
-                image = rotate(image, rng.uniform(-augment.rotation, augment.rotation), background)
+                picture = rotate(picture, rng.uniform(-augment.rotation, augment.rotation), background)
             if augment.rand_ops:
-                image = rand_augment(image, augment.rand_ops, augment.rand_magnitude, background, rng)
-            region_HWC = torch.from_numpy(np.array(image))
-        return region_HWC.permute(2, 0, 1), draw_change(augment, jitter, gray, rng)
+                picture = rand_augment(picture, augment.rand_ops, augment.rand_magnitude, background, rng)
+            image_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return image_CHW, draw_change(augment, jitter, gray, rng)
 
 
 def opened(source: bytes | Image.Image, max_pixels: int) -> Image.Image | jpeg.Plain:
@@ -113,7 +113,7 @@ def upright_size(image: Image.Image | jpeg.Plain) -> tuple[int, int]:
 
 
 def resized_region(image: Image.Image | jpeg.Plain, crop: Crop, size: int, background: RGB) -> Tensor:
-    """A crop of an opened image in size x size pixels: uint8 [size, size, 3]. Raises BadSample."""
+    """A crop of an opened image in size x size pixels: uint8 [3, size, size]. Raises BadSample."""
     pixels_HWC = jpeg.decode(image, min(crop[2:]) / size)
     if pixels_HWC is None:
         if isinstance(image, jpeg.Plain):  # Pillow says what is wrong with it
@@ -127,15 +127,16 @@ def resized_region(image: Image.Image | jpeg.Plain, crop: Crop, size: int, backg
 
 
 def resize(image: Image.Image | np.ndarray, size: int) -> Tensor:
-    """An RGB image, or its pixels uint8 [H, W, 3], in size x size pixels: uint8 [size, size, 3]."""
-    image_HWC = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image))
-    if image_HWC.shape[:2] == (size, size):
-        return image_HWC
-    # Twice as fast as Pillow's resize on x86, and equal to it except for single steps of 1 in 255.
-    resized_1CHW = functional.interpolate(
-        image_HWC[None].permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized_1CHW[0].permute(1, 2, 0)
+    """An RGB image, or its pixels uint8 [H, W, 3], in size x size pixels: uint8 [3, size, size]."""
+    pixels_HWC = image if isinstance(image, np.ndarray) else np.array(image)
+    # In this order, or torch would not see that it is channels_last.
+    image_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
+    if pixels_HWC.shape[:2] != (size, size):
+        # Twice as fast as Pillow's resize on x86, and equal to it except for single steps of 1 in 255.
+        image_1CHW = functional.interpolate(
+            image_1CHW, (size, size), mode="bicubic", antialias=True, align_corners=False
+        )
+    return image_1CHW[0]
 
 
 def _checked(config: DataConfig) -> RGB:

@@ -24,7 +24,7 @@ def load(path, size, share, background):
 def prepare(image, size, share, background):
     """An opened image as uint8 [3, size, size]: the square in the middle, `share` of the shorter side, resized."""
     crop = centre_crop(*oriented_size(image), share)
-    return resize(load_region(image, crop, size, background), size).permute(2, 0, 1)
+    return resize(load_region(image, crop, size, background), size)
 '''
 
 

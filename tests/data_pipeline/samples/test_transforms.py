@@ -116,7 +116,7 @@ def test_a_region_is_the_crop_of_the_whole_picture_resized(kind: str, orientatio
         left, top, width, height = crop
         box = (left, top, left + width, top + height)
         plain = upright.resize((64, 64), Image.Resampling.BICUBIC, box=box)
-        seen_HWC = resize(load_region(Image.open(io.BytesIO(data)), crop, 64, WHITE), 64)
+        seen_HWC = resize(load_region(Image.open(io.BytesIO(data)), crop, 64, WHITE), 64).permute(1, 2, 0)
         assert far(seen_HWC, torch.from_numpy(np.array(plain))) < 2.5, crop
 
 
