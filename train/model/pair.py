@@ -19,6 +19,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.seeds import model_seed
 from train import terms
 from train.config import ModelConfig, RunConfig
+from train.model import depthwise
 from train.model.backbone import check_eval_size
 from train.model.image import ImageTower
 from train.model.layers import has_dropout, mlp
@@ -93,6 +94,7 @@ class PairModel(nn.Module):
             self._add_heads(term)
         for tower in self._locked():
             tower.requires_grad_(False)
+        depthwise.convert(self.image)
         self.step = 0
         self.compiled: dict[str, Any] = {}  # no child modules: their names would be in checkpoints
         for tower, options in ((self.image, config.image), (self.text, config.text)):
