@@ -76,6 +76,12 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
+def sum_on_main(tensor: Tensor) -> None:
+    """Add up the tensors of all ranks in that of rank 0, without gradient; those of the others are spent."""
+    if world_size() > 1:
+        dist.reduce(tensor, dst=0)
+
+
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """The elementwise largest value over ranks, on every rank, without gradient; the argument stays as it is."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)

@@ -175,9 +175,7 @@ class Engine(ABC):
         """
         if self.updates() == 0:
             return {}
-        moments = ((name, key, parameter) for name, parameter in self._trainable() for key in MOMENTS)
-        whole = ((f"{name}.{key}", self._moment(parameter, key)) for name, key, parameter in moments)
-        return _on_rank_0(whole, memory)
+        return _on_rank_0(self._moments(), memory)
 
     def saved_bytes(self, copies: int) -> int:
         """Of both moments and of so many copies of the weights."""
@@ -185,8 +183,9 @@ class Engine(ABC):
         return copies * size + sum(len(MOMENTS) * 4 * _numel(parameter) for _, parameter in self._trainable())
 
     @abstractmethod
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """One whole moment of a parameter."""
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole moments, which hold until the next one comes; a collective. Elsewhere than on rank 0 they may
+        have any values."""
 
     def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
         """Put saved moments and the step count back, whatever engine and world size they were saved from."""

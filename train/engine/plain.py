@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ class PlainEngine(Engine):
     def weights_replaced(self) -> None:
         pass  # nothing is gathered
 
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return self.inner_optimizer.state[parameter][key]
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trainable():
+            for key in MOMENTS:
+                yield f"{name}.{key}", self.inner_optimizer.state[parameter][key]
 
     def _load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
         optimizer = self.inner_optimizer

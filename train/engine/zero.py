@@ -7,6 +7,9 @@ Ranks hold parts: in every stage of the optimizer state and of the fp32 weights 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 BUCKET_ELEMENTS = 2**25
 """Of DeepSpeed's buffers, which hold fp32."""
+SAVED_ELEMENTS = 2**22
+"""Of moments that are brought together in one collective; larger ones by themselves."""
 
 
 def deepspeed_config(accelerator: Accelerator, micro_batch: int, clip_grad: float) -> None:
@@ -155,10 +160,28 @@ class ZeroEngine(Engine):
         self._link_moments()
         return super().moments(memory)
 
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, key)
+        wanted = [(name, parameter, key) for name, parameter in self._trainable() for key in MOMENTS]
+        if self.stage == 3:
+            for name, parameter, key in wanted:
+                yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
+            return
+        # The same function would take a collective of all ranks for each of them.
+        while wanted:
+            sizes = list(accumulate(parameter.numel() for _, parameter, _ in wanted))
+            count = max(1, bisect_right(sizes, SAVED_ELEMENTS))
+            bucket, wanted = wanted[:count], wanted[count:]
+            flat = torch.zeros(sizes[count - 1], device=self.device)
+            places = flat.split([parameter.numel() for _, parameter, _ in bucket])
+            for place, (_, parameter, key) in zip(places, bucket, strict=True):
+                if (part := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                    here = part.lp_fragment_address
+                    place.narrow(0, here.start, here.numel).copy_(part.get_hp_fragment(key))
+            distributed.sum_on_main(flat)
+            for place, (name, parameter, key) in zip(places, bucket, strict=True):
+                yield f"{name}.{key}", place.view(parameter.shape)
 
     def _load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
         self._create_moments()
