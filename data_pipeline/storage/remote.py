@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ COMPRESSED = tuple(UNPACK)
 SILENCE_SECONDS = 60
 """For which a web server may send nothing; Google's storage a quarter of it, as S3 by s3fs's own default: these two
 packages try several times themselves."""
+ANSWER = 300
+"""Characters of what a backend says that are repeated: one that is confused quotes the shard itself."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")
 _DENIED = re.compile(r"credential|forbidden|denied|anonymous|unauthori[sz]ed|\b40[13]$", re.IGNORECASE)
@@ -126,8 +129,9 @@ def attempt(url: str, action: Callable[[], str], attempts: int = 5, backoff: flo
 
 def described(url: str, error: Exception) -> str:
     """What a backend raised for a url, with the remedy where it wants keys."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())  # one line, whatever a server has answered
-    if getattr(error, "filename", None) is None and (isinstance(error, PermissionError) or _DENIED.search(text)):
+    whole = " ".join(f"{type(error).__name__}: {error}".split())  # one line, whatever a server has answered
+    text = textwrap.shorten(whole, ANSWER, placeholder=" ...")
+    if getattr(error, "filename", None) is None and (isinstance(error, PermissionError) or _DENIED.search(whole)):
         return "; ".join(filter(None, [text, _KEYS.get(url.split(":", 1)[0].lower())]))
     return text
 
