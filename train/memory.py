@@ -9,7 +9,6 @@ Activations are not estimated: a small micro-batch goes forward on the CPU and w
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from dataclasses import dataclass, replace
@@ -159,11 +158,19 @@ def engine_that_fits(config: RunConfig, model: PairModel) -> tuple[int, str]:
     By the device that has the least memory, so that it is the same on every rank; a collective.
 
     Args:
-        model: of the run, before an engine has it; a copy of it is measured.
+        model: of the run, before an engine has it; it stays as it is.
     """
-    needs = plan(config, distributed.world_size(), asked() == "bf16", model)
+    world, needs, problem = distributed.world_size(), None, ""
+    try:
+        needs = plan(config, world, asked() == "bf16", model)
+    except Exception as error:  # of a tower that computes on GPUs alone
+        problem = f"{type(error).__name__}: {error}"
     least = -float(distributed.all_reduce_max(torch.tensor([-own_memory()], dtype=torch.float64)))
     there = importlib.util.find_spec("deepspeed") is not None
+    if needs is None:
+        stage = 2 if there and world > 1 else 0
+        why = f"engine {engine_name(stage)}: no memory plan can be made ({problem}); --engine NAME for another one"
+        return distributed.broadcast_object((stage, why))
     # As engine_of_run says, stage 3 cannot be compiled.
     stage = needs.smallest_stage(least, (2 if config.train.compile else 3) if there else 0)
     why = needs.engine_in_words(stage, least)
@@ -185,7 +192,7 @@ def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = No
     Raises:
         ValueError: the model cannot be built, or the batch cannot be shared among `world` ranks.
     """
-    model = copy.deepcopy(model) if model else build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
+    model = model or build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
     (small, outputs), (large, _) = (_forward(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
     scalars = Objective(config).scalars
