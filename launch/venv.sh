@@ -93,6 +93,7 @@ take_engine() {
         export DUET_ENGINE=auto
         name=ddp
     fi
+    # shellcheck disable=SC2034  # for whoever sources this
     config=$(engine_file "$name") || exit 2
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,7 +61,8 @@ def test_two_ranks_are_examined_together(tmp_path, bert):
     assert report["status"] == "warn"
     assert "2 ranks: all-reduce" in finding(report, "collectives")["measured"]
     assert "between 2 ranks" in finding(report, "clock skew")["measured"]
-    assert finding(report, "runs directory")["status"] == "ok"
+    room = shutil.disk_usage(tmp_path).free >= 20e9
+    assert finding(report, "runs directory")["status"] == ("ok" if room else "warn")
     assert list((tmp_path / "runs").iterdir()) == [], "it leaves nothing behind"
     assert "127.0.0.1:1 does not answer" in finding(report, "W&B")["measured"], "a key alone is not online"
     assert finding(report, "pretrained weights")["status"] == "ok"
