@@ -13,7 +13,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from launch.slurm import submit
 from tests.support.distributed import run_distributed
 from tests.support.running import MICRO_BATCH, curve, prepare
-from train import cli, distributed
+from train import cli
 from train.engine.start import engine_is_open, zero_plugin
 from train.memory import FILL, GB, Plan, engine_that_fits, plan
 from train.model.pair import build_model
@@ -86,7 +86,7 @@ def test_a_chosen_stage_is_what_its_file_makes_of_a_process(monkeypatch, stage):
     assert differ <= {"gradient_accumulation_steps"}, "the Accelerator fills that in"
 
 
-def test_measuring_a_model_leaves_it_as_it_is_and_a_failure_refuses_none(tmp_path, monkeypatch):
+def test_measuring_a_model_leaves_it_as_it_is_and_a_failure_refuses_none(tmp_path):
     config = prepare(tmp_path, steps=2)
     model = build_model(config, (0.5,) * 3, (0.25,) * 3)
     before, drawn = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
@@ -96,13 +96,20 @@ def test_measuring_a_model_leaves_it_as_it_is_and_a_failure_refuses_none(tmp_pat
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), drawn)
 
-    model.text.register_forward_pre_hook(lambda *_: torch.empty(1, device="meta").item())
-    stage, why = engine_that_fits(config, model)
+    path = tmp_path / "run.yaml"
+    path.write_text(cli.to_yaml(config))
+    stage, why = choice_without_a_plan(str(path))
     assert stage == 0 and why.startswith("engine ddp: no memory plan can be made (")
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda tensor: tensor)
-    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value)
-    assert engine_that_fits(config, model)[0] == 2
+    for stage, why in run_distributed(choice_without_a_plan, 2, str(path)):
+        assert stage == 2 and why.startswith("engine zero2: no memory plan can be made (")
+
+
+def choice_without_a_plan(path: str) -> tuple[int, str]:
+    """Of this rank, for a model that cannot be measured."""
+    config = cli.load(Path(path))
+    model = build_model(config, (0.5,) * 3, (0.25,) * 3)
+    model.text.register_forward_pre_hook(lambda *_: torch.empty(1, device="meta").item())
+    return engine_that_fits(config, model)
 
 
 def train_with(path: str, memories: list[float]) -> tuple[int, str, int]:
