@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import Field, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def to_yaml(config: RunConfig) -> str:
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
     """One line `field: before -> after` for every field of the experiment that differs; machine fields are left out."""
     a, b = ({name: _plain(value) for name, value in flatten(config).items()} for config in (before, after))
-    ignore = machine_fields(RunConfig) | {"name"}
+    ignore = {name for name, field in _described(RunConfig).items() if field.metadata.get("machine")} | {"name"}
     changed = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if key not in ignore]
 
@@ -203,16 +203,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def machine_fields(kind: type, prefix: str = "") -> set[str]:
-    """Dotted names of the fields that may differ between a run and its resumption."""
+def _described(kind: type, prefix: str = "") -> dict[str, Field]:
+    """{"data.image_size": its type, default and metadata, ...} for every field of nested dataclasses."""
     example = kind()
-    names: set[str] = set()
+    flat: dict[str, Field] = {}
     for item in fields(kind):
-        if item.metadata.get("machine"):
-            names.add(prefix + item.name)
-        elif is_dataclass(value := getattr(example, item.name)):
-            names |= machine_fields(type(value), f"{prefix}{item.name}.")
-    return names
+        if is_dataclass(value := getattr(example, item.name)):
+            flat |= _described(type(value), f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = item
+    return flat
 
 
 def _check_section(content: dict, where: str, prefix: str) -> None:
@@ -231,10 +231,10 @@ def _check_section(content: dict, where: str, prefix: str) -> None:
 
 def _check_values(config: RunConfig) -> None:
     """Raises ValueError for what jsonargparse lets through: null for any field, a string in place of a list."""
-    known = flatten(RunConfig())
+    known, defaults = _described(RunConfig), flatten(RunConfig())
     for name, value in flatten(config).items():
-        if value is None and known[name] is not None:
-            raise ValueError(f"--{name} is null: give a value, or leave it out for {known[name]!r}")
+        if value is None and "None" not in str(known[name].type):
+            raise ValueError(f"--{name} is null: give a value, or leave it out for {defaults[name]!r}")
     sources = config.data.train if isinstance(config.data.train, list) else [Source(config.data.train)]
     if any(not isinstance(source.data, str) or source.data.startswith("[") for source in sources):
         raise ValueError(

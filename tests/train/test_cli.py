@@ -97,6 +97,13 @@ def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_null_is_taken_where_the_field_has_a_meaning_for_it(tmp_path: Path) -> None:
+    config = cli.parse(["--train.resident", "null", "--data.workers", "null"])
+    assert config.train.resident is None and config.data.workers is None
+    (tmp_path / "run.yaml").write_text(cli.to_yaml(config))
+    assert cli.load(tmp_path / "run.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
