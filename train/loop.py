@@ -34,7 +34,7 @@ from train.evaluation.encode import Encoder
 from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed, fetch
-from train.memory import engine_that_fits, resident
+from train.memory import engine_that_fits, own_plan, resident
 from train.model.text_files import text_files, tokenizer_name
 from train.model.trial import try_out
 from train.parent import settled
@@ -244,7 +244,9 @@ def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, c
     tokenizer = Tokenizer(tokenizer_name(start.source), config.data.max_tokens)
     tokenizer.fills |= model.text.reads_padding
     notes = try_out(model, tokenizer, config)
-    stage, why = engine_that_fits(start.source, model) if engine_is_open() else (0, "")
+    # Measured once, where the model is whole.
+    needs = own_plan(start.source, model) if engine_is_open() or config.train.resident is None else ""
+    stage, why = engine_that_fits(start.source, needs) if engine_is_open() else (0, "")
     engine = engine_of_run(make_accelerator(stage), model, config)
     average = WeightAverage(engine, config.optim.ema)
     start.restore(engine, average)
@@ -271,7 +273,7 @@ def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, c
     parts = (engine, average, state, balance, feed.steps, feed.manifests, batches, suite, encoder, saver, best)
     speed = Speed(config, directory, clock, engine.module, engine.precision, feed.steps, tracker.message)
     if config.train.resident is None:
-        config = replace(config, train=replace(config.train, resident=resident(config, engine.stage, engine.precision)))
+        config = replace(config, train=replace(config.train, resident=resident(needs, engine.stage)))
         check_resident(config, distributed.world_size())
         tracker.message(f"train.resident is {config.train.resident}: what fits by the memory plan")
     return Run(config, directory, *parts, tracker, stop, watch, tally, speed)

@@ -141,35 +141,46 @@ def engine_name(stage: int) -> str:
     return f"zero{stage}" if stage else "ddp"
 
 
-def resident(config: RunConfig, stage: int, precision: str) -> int:
-    """What `train.resident` null stands for: what fits on every rank by the plan; a collective.
+def own_plan(config: RunConfig, model: PairModel) -> Plan | str:
+    """The plan of this run by its own model, or why none can be made.
+
+    Args:
+        model: before an engine has it; it stays as it is.
+    """
+    try:
+        return plan(config, distributed.world_size(), asked() == "bf16", model)
+    except Exception as error:  # of a tower that computes on GPUs alone
+        return f"no memory plan can be made ({type(error).__name__}: {error})"
+
+
+def resident(needs: Plan | str, stage: int) -> int:
+    """What `train.resident` null stands for: what fits on every rank by `own_plan`; a collective.
 
     Args:
         stage: of ZeRO; 0 for DDP and for one process.
-        precision: bf16 or no.
+
+    Raises:
+        ValueError: on all ranks, where one has no plan.
     """
-    fitting = plan(config, distributed.world_size(), precision == "bf16").most_resident(own_memory(), stage)
-    return -int(distributed.all_reduce_max(torch.tensor([-fitting])))
+    fitting = 0 if isinstance(needs, str) else needs.most_resident(own_memory(), stage)
+    least = -int(distributed.all_reduce_max(torch.tensor([-fitting])))
+    if not least:
+        problems = distributed.all_gather_objects(needs if isinstance(needs, str) else "")
+        problem = next(filter(None, problems))
+        raise ValueError(f"train.resident null: {problem}; give a number of micro-batches, such as 1")
+    return least
 
 
-def engine_that_fits(config: RunConfig, model: PairModel) -> tuple[int, str]:
+def engine_that_fits(config: RunConfig, needs: Plan | str) -> tuple[int, str]:
     """The engine of a run whose launcher leaves it open: the ZeRO stage, 0 for DDP, and why.
 
-    By the device that has the least memory, so that it is the same on every rank; a collective.
-
-    Args:
-        model: of the run, before an engine has it; it stays as it is.
+    By `own_plan` and the device that has the least memory, so that it is the same on every rank; a collective.
     """
-    world, needs, problem = distributed.world_size(), None, ""
-    try:
-        needs = plan(config, world, asked() == "bf16", model)
-    except Exception as error:  # of a tower that computes on GPUs alone
-        problem = f"{type(error).__name__}: {error}"
     least = -float(distributed.all_reduce_max(torch.tensor([-own_memory()], dtype=torch.float64)))
     there = importlib.util.find_spec("deepspeed") is not None
-    if needs is None:
-        stage = 2 if there and world > 1 else 0
-        why = f"engine {engine_name(stage)}: no memory plan can be made ({problem}); --engine NAME for another one"
+    if isinstance(needs, str):
+        stage = 2 if there and distributed.world_size() > 1 else 0
+        why = f"engine {engine_name(stage)}: {needs}; --engine NAME for another one"
         return distributed.broadcast_object((stage, why))
     # As engine_of_run says, stage 3 cannot be compiled.
     stage = needs.smallest_stage(least, (2 if config.train.compile else 3) if there else 0)

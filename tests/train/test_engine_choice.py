@@ -15,7 +15,7 @@ from tests.support.distributed import run_distributed
 from tests.support.running import MICRO_BATCH, curve, prepare
 from train import cli
 from train.engine.start import engine_is_open, zero_plugin
-from train.memory import FILL, GB, Plan, engine_that_fits, plan
+from train.memory import FILL, GB, Plan, engine_that_fits, own_plan, plan, resident
 from train.model.pair import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_measuring_a_model_leaves_it_as_it_is_and_a_failure_refuses_none(tmp_pat
     config = prepare(tmp_path, steps=2)
     model = build_model(config, (0.5,) * 3, (0.25,) * 3)
     before, drawn = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    stage, why = engine_that_fits(config, model)
+    stage, why = engine_that_fits(config, own_plan(config, model))
     assert stage == 0 and why.startswith("engine ddp: the run takes ")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -109,7 +109,10 @@ def choice_without_a_plan(path: str) -> tuple[int, str]:
     config = cli.load(Path(path))
     model = build_model(config, (0.5,) * 3, (0.25,) * 3)
     model.text.register_forward_pre_hook(lambda *_: torch.empty(1, device="meta").item())
-    return engine_that_fits(config, model)
+    needs = own_plan(config, model)
+    with pytest.raises(ValueError, match=r"train.resident null: no memory plan .* such as 1"):
+        resident(needs, 0)
+    return engine_that_fits(config, needs)
 
 
 def train_with(path: str, memories: list[float]) -> tuple[int, str, int]:
@@ -120,6 +123,7 @@ def train_with(path: str, memories: list[float]) -> tuple[int, str, int]:
 
     memory.own_memory = lambda: memories[distributed.rank()]
     memory.BUCKET_ELEMENTS = 0  # which alone is more than a small model's state
+    memory.build_model = None  # what is measured is the run's own model
     status = loop.run(cli.load(Path(path)))
     state = AcceleratorState()
     plugin = state.deepspeed_plugin
@@ -129,6 +133,7 @@ def train_with(path: str, memories: list[float]) -> tuple[int, str, int]:
 def test_ranks_with_unequal_memory_train_with_one_engine(tmp_path, monkeypatch):
     config = prepare(tmp_path, steps=2)
     config.data.val, config.data.image_size, config.checkpoint.every = "", 32, 0
+    config.train.resident = None
     monkeypatch.setattr("train.memory.BUCKET_ELEMENTS", 0)
     needs = plan(config, 2, bf16=False)
     assert needs.total(1) < needs.total(0) and needs.share == 32 // MICRO_BATCH // 2
