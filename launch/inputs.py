@@ -23,17 +23,14 @@ from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.remote import expand, filesystem, is_remote
 from data_pipeline.storage.shards import ShardReader
-from data_pipeline.tokenizer import Tokenizer
 from launch.findings import Finding, fail, ok, warn
 from train import cli, distributed
+from train.begin import Fresh
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
-from train.init.fit import fill
-from train.init.origin import open_origin
 from train.memory import GB
-from train.model.pair import build_model
-from train.model.text_files import tokenizer_name
+from train.model.text_files import own_tokenizer
 from train.model.trial import try_out
 from train.run.wandb import wanted_mode, why_offline
 
@@ -61,13 +58,8 @@ def weights(config: RunConfig) -> list[Finding]:
     image, text = config.model.image, config.model.text
     began = time.perf_counter()
     try:
-        origin = open_origin(config) if config.init else None
-        model = build_model(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), pretrained=origin is None)
-        if origin is not None:
-            fill(model, origin, config)
-        tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
-        tokenizer.fills |= model.text.reads_padding
-        notes = try_out(model, tokenizer, config)
+        model = Fresh(config).built((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        notes = try_out(model, own_tokenizer(model, config), config)
     except ValueError as error:
         remedy = "or run this where there is a network: what it fetches stays in the caches of the home directory"
         return [fail("pretrained weights", cli.with_flags(str(error)), remedy)]

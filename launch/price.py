@@ -48,7 +48,7 @@ from train.feed import Feed
 from train.loss.ids import Rows
 from train.memory import engine_name
 from train.model.pair import build_model
-from train.model.text_files import tokenizer_name
+from train.model.text_files import own_tokenizer
 from train.step import training_step
 from train.terms.objective import Objective
 
@@ -144,7 +144,7 @@ def calibrate(
     train, model = config.train, engine.module
     loader, batches = 0.0, [model.blank_micro_batch(train.micro_batch, config.data.max_tokens)]
     if feed is not None:
-        loader, batches = _loader(config, feed, seconds / 4, clock)
+        loader, batches = _loader(config, feed, own_tokenizer(model, config), seconds / 4, clock)
     batches = [batch.to(engine.device) for batch in batches]
     ids_B = torch.arange(train.micro_batch, device=engine.device)
     batches = [replace(batch, image_ids_B=ids_B, text_ids_B=ids_B) for batch in batches]
@@ -177,10 +177,10 @@ def calibrate(
 
 
 def _loader(
-    config: RunConfig, feed: Feed, seconds: float, clock: Callable[[], float]
+    config: RunConfig, feed: Feed, tokenizer: Tokenizer, seconds: float, clock: Callable[[], float]
 ) -> tuple[float, list[MicroBatch]]:
     """Seconds per micro-batch of the run's loader by itself, and some of what it makes."""
-    batches = iter(feed.batches(Tokenizer(tokenizer_name(config), config.data.max_tokens), 0, FOR_EVER))
+    batches = iter(feed.batches(tokenizer, 0, FOR_EVER))
     ahead = 1 + number_of_workers(config.data.workers) * config.data.prefetch
     made = list(islice(batches, ahead))  # what is made while nobody waits says nothing of the rate
     began, until, count = clock(), time.monotonic() + seconds, 0

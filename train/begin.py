@@ -5,7 +5,7 @@ Each kind answers the same questions, in this order: `model`, `begin`, `restore`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +107,11 @@ class Fresh:
         self.origin = open_origin(config) if config.init else None
 
     def model(self, feed: Feed) -> PairModel:
-        model = build_model(self.source, feed.mean, feed.std, pretrained=self.origin is None)
+        return self.built(feed.mean, feed.std)
+
+    def built(self, mean: Sequence[float], std: Sequence[float]) -> PairModel:
+        """The model for images with these statistics, 0..1 per channel; for who has no data of the run to read."""
+        model = build_model(self.source, mean, std, pretrained=self.origin is None)
         if self.origin is not None:
             self.lines += fill(model, self.origin, self.source)
         return model

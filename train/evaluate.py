@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.tokenizer import Tokenizer
 from train import cli
 from train.checkpoint import find, load_model, load_state
 from train.config import EvalTask, RunConfig
@@ -28,7 +27,7 @@ from train.evaluation.encode import Encoder
 from train.evaluation.robustness import CORRUPTIONS, Curves, chosen, curves
 from train.evaluation.suite import given_tasks
 from train.evaluation.task import Task
-from train.model.text_files import tokenizer_name
+from train.model.text_files import own_tokenizer
 
 
 @dataclass
@@ -60,7 +59,7 @@ def run_task(options: argparse.Namespace) -> Found:
     task = build_task(described(options, config))
     if options.workers is not None:
         config.data.workers = options.workers
-    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
+    tokenizer = own_tokenizer(model, config)
     model.to(accelerator.device)
     encoder = Encoder(model, config, tokenizer, autocast=partial(autocast, accelerator.device, precision))
     if is_main():

@@ -14,7 +14,6 @@ from data_pipeline import overlap
 from data_pipeline.loader import LoaderFailure, MicroBatch, Patience
 from data_pipeline.seeds import model_seed
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.tokenizer import Tokenizer
 from train import distributed
 from train.account import account, agree
 from train.arrival import arriving
@@ -35,7 +34,7 @@ from train.evaluation.suite import HELD_OUT, Suite
 from train.evaluation.task import Evaluation
 from train.feed import Feed, fetch
 from train.memory import engine_that_fits, own_plan, resident
-from train.model.text_files import text_files, tokenizer_name
+from train.model.text_files import own_tokenizer, text_files
 from train.model.trial import try_out
 from train.parent import settled
 from train.report import exhibit
@@ -241,8 +240,7 @@ def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, c
     torch.manual_seed(model_seed(config.train.seed))  # the same fresh weights on every rank
     model = start.model(feed)
     state = start.begin(fresh, feed)
-    tokenizer = Tokenizer(tokenizer_name(start.source), config.data.max_tokens)
-    tokenizer.fills |= model.text.reads_padding
+    tokenizer = own_tokenizer(model, start.source)
     notes = try_out(model, tokenizer, config)
     # Measured once, where the model is whole.
     needs = own_plan(start.source, model) if engine_is_open() or config.train.resident is None else ""

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
 from train import checkpoint, cli, distributed
 from train.checkpoint import Tensors, TrainState
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
-from train.model.text_files import text_files, tokenizer_name
+from train.model.text_files import own_tokenizer, text_files
 from train.saving.write import begin, contents, write
 
 MEAN, STD = [0.5, 0.45, 0.4], [0.25, 0.2, 0.3]
@@ -20,7 +19,7 @@ def write_run(config: RunConfig, steps: int = 2) -> Path:
     """A run directory with a checkpoint after each step; returns it."""
     directory = Path(config.runs_dir) / config.name
     model = build_model(config, MEAN, STD).train()
-    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
+    tokenizer = own_tokenizer(model, config)
     for step in range(1, steps + 1):
         stir(model, step)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

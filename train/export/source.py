@@ -25,7 +25,7 @@ from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import RECALL_AT
 from train.export.soup import Tried, Weights, greedy, mean_weights
 from train.model.pair import PairModel
-from train.model.text_files import tokenizer_name
+from train.model.text_files import own_tokenizer
 
 
 @dataclass
@@ -101,7 +101,7 @@ def load_source(
     model, config = checkpoint.load_model(last)
     state, given = checkpoint.load_state(last), cli.load(last / "config.yaml")
     paths = {checkpoint.load_state(path).step: path for path in (*others, last)}
-    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
+    tokenizer = own_tokenizer(model, config)
 
     def load(step: int) -> Weights:
         return checkpoint.load_part(paths[step], "ema" if config.optim.ema > 0 else "model")

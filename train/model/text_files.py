@@ -34,6 +34,13 @@ def tokenizer_name(config: RunConfig) -> str:
     return config.model.text.tokenizer or config.model.text.name
 
 
+def own_tokenizer(model: PairModel, config: RunConfig) -> Tokenizer:
+    """The run's tokenizer, which fills captions with padding where the model's text tower reads that."""
+    tokenizer = Tokenizer(tokenizer_name(config), config.data.max_tokens)
+    tokenizer.fills |= model.text.reads_padding
+    return tokenizer
+
+
 def with_own_text(config: RunConfig, directory: Path) -> RunConfig:
     """The configuration with the text encoder and tokenizer in `directory`; unchanged where there are none."""
     if not (directory / TEXT).is_dir():
