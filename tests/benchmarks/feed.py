@@ -4,9 +4,10 @@
 
 CPU milliseconds per image, processes of the loader included, so that a busy machine counts little; the sides take
 turns, each in a process of its own with one thread, and the ratio is the median over neighbouring runs. The JPEGs are
-made here, 400 to 900 pixels a side and about 100 KB; beside them pictures of files, in three sizes, at quality 85.
+made here, 400 to 900 pixels a side and about 100 KB; beside them pictures of files, in four sizes, at quality 85.
 decode: from bytes to what a loader process hands over; colours: what is left to the device, on a CPU.
-loader: all that a pass of the loader costs, with 1 and 2 processes, crops and flips as in open_clip or of a policy.
+loader: all that a pass of the loader costs, by the pictures' size, number of processes, and crops and flips as in
+open_clip or of a policy.
 wait: the part of a step that waits for data, where an engine of no work takes 4/3 of the time of a loader that is
 paced, and a step takes 16 micro-batches at once, four times what its one process prepares at least.
 """
@@ -35,9 +36,10 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-SIZES = ((340, 256), (500, 375), (1024, 768))
+SIZES = ((340, 256), (500, 375), (640, 480), (1024, 768))
 SIDE, MICRO, SHARDS = 224, 32, 8
 SCALE = (0.9, 1.0)  # open_clip's crops
+MADE, USUAL = "made here", "500x375"
 PACE, SHARE, STEPS = 0.03, 16, 6
 
 
@@ -77,14 +79,14 @@ def decode(work: Path) -> dict[str, float]:
     return found
 
 
-def loader(work: Path, workers: str, policy: str = "") -> dict[str, float]:
+def loader(work: Path, kind: str, workers: str, policy: str = "") -> dict[str, float]:
     from data_pipeline.config import AugmentConfig, DataConfig
     from data_pipeline.loader import train_loader
     from data_pipeline.order import build_order
     from data_pipeline.storage.manifest import load_manifest
     from data_pipeline.tokenizer import Tokenizer
 
-    manifest, tokenizer = load_manifest(work / "shards"), Tokenizer(str(work / "tokenizer"), 77)
+    manifest, tokenizer = load_manifest(work / kind), Tokenizer(str(work / "tokenizer"), 77)
     augment = AugmentConfig(policy=policy) if policy else AugmentConfig(policy="light", scale=SCALE)  # type: ignore[arg-type]
     config = DataConfig(augment=augment, workers=int(workers))
     order = build_order([manifest], [1.0], MICRO, 4, 0, SHARDS)
@@ -92,11 +94,12 @@ def loader(work: Path, workers: str, policy: str = "") -> dict[str, float]:
     return passed(lambda: train_loader(config, order, [manifest], tokenizer, **options))
 
 
-def open_clip(work: Path, workers: str) -> dict[str, float]:
+def open_clip(work: Path, kind: str, workers: str) -> dict[str, float]:
     import open_clip as package
     from open_clip_train.data import get_wds_dataset
 
-    shards, samples = sorted(map(str, (work / "shards").glob("*.tar"))), json.loads((work / "shards.json").read_text())
+    shards = sorted(map(str, (work / kind).glob("*.tar")))
+    samples = json.loads((work / kind / "manifest.json").read_text())["nsamples"]
     args = SimpleNamespace(
         train_data="::".join(shards), train_num_samples=samples, train_data_upsampling_factors=None, seed=0
     )
@@ -160,10 +163,6 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "open_clip": open_clip,
     "wait": wait,
 }
-MEASURED: tuple[tuple[Any, ...], ...] = (
-    *(("wait",), ("decode",)),
-    *(("loader", 1), ("loader", 2), ("loader", 1, "light"), ("loader", 1, "standard")),
-)
 
 
 def measured(checkout: Path, python: str, *arguments: object) -> dict[str, float]:
@@ -187,8 +186,8 @@ def compared(ours: Callable[[], dict], theirs: Callable[[], dict] | None, repeat
     return found
 
 
-def write(work: Path, photos: list[str], samples: int) -> None:
-    """Images by kind, and shards of one kind."""
+def write(work: Path, photos: list[str], samples: int) -> list[str]:
+    """Images by kind, and shards of each kind. Returns the kinds."""
     import numpy as np
     from PIL import Image
 
@@ -198,7 +197,7 @@ def write(work: Path, photos: list[str], samples: int) -> None:
     from tests.support.vocabulary import write_tokenizer
 
     rng = np.random.default_rng(0)
-    images = {"made here": [photo(rng) for _ in range(24)]}
+    images = {MADE: [photo(rng) for _ in range(24)]}
     for width, height in SIZES if photos else ():
         kept = images.setdefault(f"{width}x{height}", [])
         for path in photos:
@@ -207,17 +206,14 @@ def write(work: Path, photos: list[str], samples: int) -> None:
             picture.save(buffer, "JPEG", quality=85)
             kept.append(buffer.getvalue())
     (work / "images.pkl").write_bytes(pickle.dumps(images))
-    kind = "500x375" if photos else "made here"
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
-    for name, content in (
-        ("shards", images[kind] * (samples // len(images[kind]))),
-        ("tiny", [buffer.getvalue()] * 64),
-    ):
+    shards = {kind: kept * (samples // len(kept)) for kind, kept in images.items()}
+    for name, content in {**shards, "tiny": [buffer.getvalue()] * 64}.items():
         manifest = write_shards(work / name, content)
         write_manifest(work / name / "manifest.json", list(manifest.shards), {})
-        (work / f"{name}.json").write_text(json.dumps(len(content)))
     write_tokenizer(work / "tokenizer")
+    return list(images)
 
 
 def main() -> None:
@@ -239,13 +235,16 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write(work, args.photos, args.samples)
-        for name, *arguments in MEASURED:
+        kinds = write(work, args.photos, args.samples)
+        usual = USUAL if args.photos else MADE
+        loaders: list[tuple[Any, ...]] = [("loader", kind, 1) for kind in kinds]
+        loaders += [("loader", usual, 2), *(("loader", usual, 1, policy) for policy in ("light", "standard"))]
+        for name, *arguments in [("wait",), ("decode",), *loaders]:
             ours = partial(measured, ROOT, sys.executable, name, work, *arguments)
             before = args.before and partial(measured, args.before.resolve(), sys.executable, name, work, *arguments)
             title = " ".join(map(str, (name, *arguments)))
             results[title] = compared(ours, before, args.repeats)
-            if name == "loader" and len(arguments) == 1 and args.open_clip:
+            if name == "loader" and len(arguments) == 2 and args.open_clip:
                 theirs = partial(measured, ROOT, args.open_clip, "open_clip", work, *arguments)
                 results[f"{title}, open_clip"] = compared(ours, theirs, args.repeats)
             print(title, results[title], file=sys.stderr, flush=True)
@@ -254,7 +253,7 @@ def main() -> None:
         return
     for title, values in results.items():
         for key, found in values.items():
-            print(f"{title:<24} {key:<28}", "  ".join(f"{side} {value:.3g}" for side, value in found.items()))
+            print(f"{title:<32} {key:<28}", "  ".join(f"{side} {value:.3g}" for side, value in found.items()))
 
 
 if __name__ == "__main__":
