@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -67,7 +66,6 @@ def main() -> None:
 
 def measure(directory: str, micro_batch: int, fields: dict[str, Any]) -> dict[str, float]:
     """Peak memory and CPU or wall seconds of the second of two steps."""
-    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     from transformers import BertConfig
 
     from train.engine.build import engine_of_run

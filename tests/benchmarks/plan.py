@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks.batches import random_batch
 from tests.benchmarks.loss import memory, reset_peak
 from tests.support.distributed import run_distributed
-from tests.support.exactness import ZERO_CONFIG
+from tests.support.exactness import engine_environment
 from train import cli, distributed
 from train.config import RunConfig
-from train.memory import plan
+from train.memory import engine_name, plan
 
 
 @dataclass
@@ -35,7 +34,6 @@ class Case:
     resident: int
     stage: int = 0
     processes: int = 1
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
@@ -66,11 +64,7 @@ def compared(case: Case) -> dict[str, float]:
     """Megabytes by the plan and measured."""
     with tempfile.TemporaryDirectory() as directory:
         config = config_of(case, directory)
-        environment = {}
-        if case.stage:
-            path = Path(directory) / "zero.json"
-            path.write_text(json.dumps(ZERO_CONFIG | {"zero_optimization": {"stage": case.stage}}))
-            environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+        environment = engine_environment(engine_name(case.stage), directory)
         text = cli.to_yaml(config)
         measured = max(run_distributed(peak, case.processes, text, directory, environment=environment, timeout=900))
         needs = plan(config, case.processes, bf16=False)

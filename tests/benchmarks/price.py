@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -71,7 +70,6 @@ def calibration_of(path: str, links: Links) -> Calibration:
     from train.feed import Feed
     from train.model.pair import build_model
 
-    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     config, accelerator = cli.load(path), start()
     feed = Feed(config)
     engine = engine_of_run(accelerator, build_model(config, feed.mean, feed.std), config)
@@ -89,7 +87,6 @@ def step_of(path: str) -> float:
     from train.model.pair import build_model
     from train.step import training_step
 
-    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     config, accelerator = cli.load(path), start()
     feed = Feed(config)
     engine = engine_of_run(accelerator, build_model(config, feed.mean, feed.std), config)

@@ -128,7 +128,6 @@ def by_engine(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 def stall_of(path: str, saves: int) -> dict[str, float]:
     """Medians of this rank; the first save, which allocates, is left out."""
-    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     from train import distributed
     from train.checkpoint import TrainState
     from train.engine.build import engine_of_run

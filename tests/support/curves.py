@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.distributed import run_distributed, start_context
+from tests.support.distributed import run_alone, run_distributed
 from tests.support.exactness import engine_environment
 from tests.support.running import metrics, prepare
 from train import cli
@@ -54,9 +53,8 @@ def record(engine: str = "plain", world: int = 1, loss: str = "tiled", resident:
         config.checkpoint.every = 0
         path = Path(directory) / "config.yaml"
         path.write_text(cli.to_yaml(config))
-        if engine == "plain":  # a process without a group
-            with ProcessPoolExecutor(1, start_context()) as pool:
-                pool.submit(_train, str(path)).result()
+        if engine == "plain":
+            run_alone(_train, str(path))
         else:
             environment = engine_environment(engine, directory)
             run_distributed(_train, world, str(path), environment=environment, timeout=600)
@@ -66,7 +64,6 @@ def record(engine: str = "plain", world: int = 1, loss: str = "tiled", resident:
 
 
 def _train(path: str) -> None:
-    os.dup2(2, 1)  # the run and DeepSpeed write to stdout, which is the benchmark's
     os.environ["ACCELERATE_USE_CPU"] = "true"  # where the recorded curve is from
     import torch
 

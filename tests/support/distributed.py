@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,7 +36,8 @@ def run_distributed(
 ) -> list[Any]:
     """fn(*args) in `world_size` spawned processes; returns each rank's result, in rank order.
 
-    fn and args are pickled: fn is a function of a module. Results are pickled, too. Every process has this one's
+    fn and args are pickled: fn is a function of a module. Results are pickled, too. What a process writes to stdout
+    goes to stderr. Every process has this one's
     environment, the variables that torchrun would set, those of `environment`, one thread, and a group that is
     initialized already: gloo's, or that of GPUs where `environment` has ACCELERATE_USE_CPU false and there are some.
     Raises the exception of the rank that failed first (its traceback is the cause), or TimeoutError after `timeout`
@@ -63,6 +65,12 @@ def run_distributed(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args) in a process of its own, without a group; what is pickled, and where it writes, as above."""
+    with ProcessPoolExecutor(1, start_context(), initializer=_leave_stdout) as pool:
+        return pool.submit(fn, *args).result()
 
 
 def start_context() -> Any:
@@ -105,11 +113,17 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return results
 
 
+def _leave_stdout() -> None:
+    """Results come by a pipe: stdout is the caller's, whatever a run or DeepSpeed writes there, also from C."""
+    os.dup2(2, 1)
+
+
 def _run_rank(
     sender: Connection, variables: dict[str, str], rendezvous: str, timeout: float, fn: Callable[..., Any], args: Any
 ) -> None:
     os.environ.clear()  # the server's
     os.environ.update(variables)
+    _leave_stdout()
     import torch
 
     torch.set_num_threads(1)

@@ -9,7 +9,6 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from data_pipeline.batch import MicroBatch
 from data_pipeline.samples.masking import UNMASKED
 from data_pipeline.seeds import micro_batch_seed
 from tests.support.bert import write_bert
-from tests.support.distributed import run_distributed, start_context
+from tests.support.distributed import run_alone, run_distributed
 from tests.support.wrong_schemes import sabotaged
 from train.config import RunConfig
 
@@ -159,7 +158,6 @@ def worlds(engine: str) -> tuple[int, ...]:
 
 def step_gradients(text_tower: str, cases: Sequence[Case], bf16: bool, gpu: bool) -> list[tuple[float, float, str]]:
     """On each rank, per case: the relative errors of the loss and of the worst parameter's gradient, and its name."""
-    os.dup2(2, 1)  # DeepSpeed writes to stdout, which is the benchmark's
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     os.environ["ACCELERATE_USE_CPU"] = "false" if gpu else "true"
     torch.backends.cudnn.deterministic = True
@@ -237,9 +235,8 @@ def run_cases(
         cases = [
             Case(engine, world, steps, loss, scheme) for loss in losses for steps in accumulations for scheme in schemes
         ]
-        if engine == "plain":  # a process without a group
-            with ProcessPoolExecutor(1, start_context()) as pool:
-                ranks = [pool.submit(step_gradients, text_tower, cases, bf16, gpu).result()]
+        if engine == "plain":
+            ranks = [run_alone(step_gradients, text_tower, cases, bf16, gpu)]
         else:
             environment = engine_environment(engine, directory, gpu)
             ranks = run_distributed(

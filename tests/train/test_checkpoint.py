@@ -5,14 +5,13 @@ import random
 import shutil
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import checkpoints
-from tests.support.distributed import run_distributed, start_context
+from tests.support.distributed import run_alone, run_distributed
 from tests.support.small import TEXT_FILES
 from train import checkpoint, distributed
 from train.checkpoint import Tensors, TrainState
@@ -90,8 +89,7 @@ def kills(directory: Path, step: int, damaged: bool) -> list[tuple[str, bool, se
 def test_case_02_killed_at_any_change_of_the_disk_a_save_leaves_the_old_or_the_new(
     tmp_path, step, damaged, before
 ) -> None:
-    with ProcessPoolExecutor(1, start_context()) as pool:  # forks must not copy this process's threads
-        results = pool.submit(kills, tmp_path, step, damaged).result()
+    results = run_alone(kills, tmp_path, step, damaged)  # forks must not copy this process's threads
     assert len(results) > 15
     newest = [found for found, _, _ in results]
     after = newest.index(name(step))
