@@ -58,12 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options, run = parser.parse_known_args(argv)
-    try:
-        config = cli.parse(run)
-        start()
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
-        return 2
+    return cli.exit_status(lambda: _examine_all(run, options.json))
+
+
+def _examine_all(run: list[str], json_asked: bool) -> int:
+    config = cli.parse(run)
+    start()
     findings = [
         *examine("versions", checks.versions),
         *examine("devices", checks.devices),
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         *examine("W&B", lambda: inputs.wandb(config)),
     ]
     if distributed.is_main():
-        print(json.dumps(as_json(findings), indent=2) if options.json else table(findings), flush=True)
+        print(json.dumps(as_json(findings), indent=2) if json_asked else table(findings), flush=True)
     distributed.barrier()
     return 1 if worst(findings) == "fail" else 0
 

@@ -39,15 +39,14 @@ def in_words(seconds: float) -> str:
 def main(argv: list[str]) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     trial, *fields = argv
-    try:
-        config = cli.parse(fields)
-        each, steps = seconds_per_step(Path(trial), config.train.global_batch), Feed(config).steps
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
-        return 2
+    return cli.exit_status(lambda: _estimate(Path(trial), fields))
+
+
+def _estimate(trial: Path, fields: list[str]) -> None:
+    config = cli.parse(fields)
+    each, steps = seconds_per_step(trial, config.train.global_batch), Feed(config).steps
     length = f"About {in_words(steps * each)} of training"
     print(f"      {length}: {steps} steps of {each:.2f} s, as busy as this machine is now")
-    return 0
 
 
 if __name__ == "__main__":

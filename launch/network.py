@@ -10,6 +10,8 @@ import time
 
 import psutil
 
+from train import cli
+
 ELSEWHERE = "192.0.2.1"
 """An address that no host has (RFC 5737): what leads to it is the default route."""
 
@@ -66,7 +68,4 @@ def interface(peer: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        print(interface(sys.argv[1]))
-    except ValueError as mistake:
-        sys.exit(f"error: {mistake}")
+    sys.exit(cli.exit_status(lambda: print(interface(sys.argv[1]))))

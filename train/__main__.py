@@ -11,18 +11,7 @@ from train import cli
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 a failure, 2 the user's mistake, 85 a signal (state saved), 130 interrupted."""
     try:
-        config = cli.parse(argv)
-        from train import loop  # after parsing: --help and a mistake answer without loading torch
-        from train.engine.start import stop
-
-        status = loop.run(config)
-        stop()
-        return status
-    except ValueError as error:
-        if os.environ.get("DUET_DEBUG"):
-            raise
-        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
-        return 2
+        return cli.exit_status(lambda: _train(argv))
     except RuntimeError as error:
         from torch import distributed as dist
 
@@ -44,6 +33,16 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         os._exit(1)  # the ordinary way out may wait for the lost
+
+
+def _train(argv: list[str] | None) -> int:
+    config = cli.parse(argv)
+    from train import loop  # after parsing: --help and a mistake answer without loading torch
+    from train.engine.start import stop
+
+    status = loop.run(config)
+    stop()
+    return status
 
 
 if __name__ == "__main__":

@@ -158,14 +158,22 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if key not in ignore]
 
 
-def exit_status(command: Callable[[], object], options: Iterable[str] = ()) -> int:
-    """Run a command: 0, or 2 where it ends by a ValueError, the user's mistake, which is said in flags."""
+def exit_status(
+    command: Callable[[], int | None],
+    options: Iterable[str] = (),
+    mistakes: type[Exception] | tuple[type[Exception], ...] = ValueError,
+) -> int:
+    """Run a command: what it returns, or 0; 2 where it ends by one of `mistakes`, the user's, which is said in flags.
+
+    Environment: DUET_DEBUG, where it is set such an error is raised, with its traceback.
+    """
     try:
-        command()
-    except ValueError as error:
+        return command() or 0
+    except mistakes as error:
+        if os.environ.get("DUET_DEBUG"):
+            raise
         print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def with_flags(message: str, options: Iterable[str] = ()) -> str:

@@ -42,11 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     options = cli.expanded(make_parser().parse_args(argv))
-    try:
-        return cli.exit_status(lambda: _curate(options), OPTIONS)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.exit_status(lambda: _curate(options), OPTIONS, (ValueError, OSError))
 
 
 def _curate(options: argparse.Namespace) -> None:

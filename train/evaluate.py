@@ -157,26 +157,26 @@ def own_options() -> Mapping[str, Mapping[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake."""
     options = cli.expanded(make_parser().parse_args(argv))
-    try:
-        with stdout_kept():
-            found = run_task(options)
-            page = show(found, options) if found.curves and is_main() else None
-    except ValueError as error:
-        flags = ["run", "step", "task", "data", "workers", "corrupt", *own_options()]
-        print(f"error: {cli.with_flags(str(error), flags)}", file=sys.stderr)
-        return 2
-    if is_main():
-        if options.json:
-            named = {"task": options.task or found.task.given.task, "run": options.run, "precision": found.precision}
-            corrupted = {"corrupted": found.curves} if found.curves else {}
-            print(json.dumps(named | found.metrics | corrupted))
-        else:
-            print(found.task.table(found.metrics))
-            if found.curves:
-                print(table(found.curves, drawn(found.task)))
-        if page:
-            print(f"Curves: {page}", file=sys.stderr)
-    return 0
+    flags = ["run", "step", "task", "data", "workers", "corrupt", *own_options()]
+    return cli.exit_status(lambda: _evaluate(options), flags)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    with stdout_kept():
+        found = run_task(options)
+        page = show(found, options) if found.curves and is_main() else None
+    if not is_main():
+        return
+    if options.json:
+        named = {"task": options.task or found.task.given.task, "run": options.run, "precision": found.precision}
+        corrupted = {"corrupted": found.curves} if found.curves else {}
+        print(json.dumps(named | found.metrics | corrupted))
+    else:
+        print(found.task.table(found.metrics))
+        if found.curves:
+            print(table(found.curves, drawn(found.task)))
+    if page:
+        print(f"Curves: {page}", file=sys.stderr)
 
 
 def drawn(task: Task) -> list[str]:

@@ -254,36 +254,35 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 submitted (or shown), 2 the user's mistake."""
     options, train = make_parser().parse_known_args(argv)
-    try:
-        if not shutil.which("sbatch"):
-            raise ValueError("sbatch is not installed here: run this on a login node of the cluster")
-        os.chdir(ROOT)
-        config = cli.parse(train)
-        options.job_name = f"duet-{config.name}"
-        plan = describe_run(config)
-        check_run(options, config)
-        check_cluster(options)
-        command = sbatch_command(options, train)
-        environment = {**os.environ, "DUET_ROOT": str(ROOT)}
-        if options.container:
-            environment |= {"DUET_CONTAINER": options.container, "DUET_MOUNTS": options.mounts}
-        print(f"run: {plan}")
-        for line in memory_plan(options, config):
-            print(line)
-        print(f"saves and requeues {options.grace} s before each time limit of {options.time}")
-        print(shlex.join(command))
-        if not options.processes and not re.search("--(exclusive|gres|gpus)", shlex.join(command)):
-            print("warning: no --gpus_per_node: unless the cluster has another default, SLURM gives each node no GPU")
-        if options.gpus_per_node and not re.search("--(exclusive|cpus-per)", shlex.join(command)):
-            print("warning: no --cpus_per_task: unless the cluster has another default, SLURM gives each node one core")
-        if options.dry_run:
-            print("dry run: nothing submitted")
-            return 0
-        print(_ask(command, environment).strip())
-    except ValueError as error:
-        print(f"error: {cli.with_flags(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.exit_status(lambda: _submit(options, train))
+
+
+def _submit(options: argparse.Namespace, train: list[str]) -> None:
+    if not shutil.which("sbatch"):
+        raise ValueError("sbatch is not installed here: run this on a login node of the cluster")
+    os.chdir(ROOT)
+    config = cli.parse(train)
+    options.job_name = f"duet-{config.name}"
+    plan = describe_run(config)
+    check_run(options, config)
+    check_cluster(options)
+    command = sbatch_command(options, train)
+    environment = {**os.environ, "DUET_ROOT": str(ROOT)}
+    if options.container:
+        environment |= {"DUET_CONTAINER": options.container, "DUET_MOUNTS": options.mounts}
+    print(f"run: {plan}")
+    for line in memory_plan(options, config):
+        print(line)
+    print(f"saves and requeues {options.grace} s before each time limit of {options.time}")
+    print(shlex.join(command))
+    if not options.processes and not re.search("--(exclusive|gres|gpus)", shlex.join(command)):
+        print("warning: no --gpus_per_node: unless the cluster has another default, SLURM gives each node no GPU")
+    if options.gpus_per_node and not re.search("--(exclusive|cpus-per)", shlex.join(command)):
+        print("warning: no --cpus_per_task: unless the cluster has another default, SLURM gives each node one core")
+    if options.dry_run:
+        print("dry run: nothing submitted")
+        return
+    print(_ask(command, environment).strip())
 
 
 def _ask(command: list[str], environment: dict[str, str] | None = None) -> str:

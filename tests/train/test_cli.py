@@ -97,6 +97,22 @@ def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_command_ends_with_what_it_returns_and_a_mistake_with_2(monkeypatch, capsys) -> None:
+    def fails(error: Exception) -> int:
+        raise error
+
+    monkeypatch.delenv("DUET_DEBUG", raising=False)
+    assert [cli.exit_status(lambda status=status: status) for status in (None, 0, 85)] == [0, 0, 85]
+    assert cli.exit_status(lambda: fails(ValueError("top 0: give 1")), ["top"]) == 2
+    assert capsys.readouterr().err == "error: --top 0: give 1\n"
+    assert cli.exit_status(lambda: fails(OSError("full")), mistakes=(ValueError, OSError)) == 2
+    with pytest.raises(OSError, match="full"):
+        cli.exit_status(lambda: fails(OSError("full")))
+    monkeypatch.setenv("DUET_DEBUG", "1")
+    with pytest.raises(ValueError, match="top 0"):
+        cli.exit_status(lambda: fails(ValueError("top 0: give 1")))
+
+
 def test_null_is_taken_where_the_field_has_a_meaning_for_it(tmp_path: Path) -> None:
     config = cli.parse(["--train.resident", "null", "--data.workers", "null"])
     assert config.train.resident is None and config.data.workers is None
