@@ -71,7 +71,7 @@ class Calibration:
     fixed: a step's part that does not depend on its micro-batches (optimizer). kept: a micro-batch whose activations
     stay; cached: one that goes forward twice. logit: of the loss, with its gradient, per row and column. loader: a
     micro-batch of the loader by itself; alone: no other process makes it meanwhile. gradients: bytes of them all;
-    features: bytes of a pair's. links: None where only one device is here.
+    features: bytes of a pair's that ranks gather. links: None where only one device is here.
     """
 
     fixed: float
@@ -193,7 +193,7 @@ def _loader(
 
 
 def _loss(config: RunConfig, engine: Engine, clock: Callable[[], float]) -> tuple[float, int]:
-    """Seconds of the loss and its gradient per logit, and the bytes of a pair's features."""
+    """Seconds of the loss and its gradient per logit, and the bytes of a pair's features that ranks gather."""
     outputs = engine.features([engine.module.blank_micro_batch().to(engine.device)], [0])
     objective = Objective(config)
     dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
@@ -203,7 +203,7 @@ def _loss(config: RunConfig, engine: Engine, clock: Callable[[], float]) -> tupl
         if name in objective.scalars:
             full[name] = value.detach().to(dtype).requires_grad_()
             continue
-        width += value[0].numel()
+        width += value[0].numel() if objective.gathers(name) else 0
         shape = (rows, *value.shape[1:])
         random = torch.nn.functional.normalize(torch.randn(shape, device=engine.device, dtype=dtype), dim=-1)
         full[name] = random.requires_grad_()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -207,7 +208,7 @@ def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = No
     (small, outputs), (large, _) = (_forward(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
     scalars = Objective(config).scalars
-    numbers = sum(value[0].numel() for name, value in outputs.items() if name not in scalars)
+    numbers = {name: value[0].numel() for name, value in outputs.items() if name not in scalars}
     check_batch(config.train.global_batch, config.train.micro_batch, world)
     share = config.train.global_batch // (config.train.micro_batch * world)
     kept = min(max(1, config.train.resident or 1), share)
@@ -223,14 +224,16 @@ def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = No
     return Plan(parameters, learning, activations, loss, world, ema, parts, tuple(towers), share, more)
 
 
-def loss_bytes(config: RunConfig, world: int, numbers: int) -> int:
-    """Gathered features and their gradients, and the logits that exist at once with their gradient.
+def loss_bytes(config: RunConfig, world: int, numbers: Mapping[str, int]) -> int:
+    """Features that the loss sees and their gradients, and the logits that exist at once with their gradient.
 
     Args:
-        numbers: how many numbers the model puts out per pair: of both embeddings, and of the terms.
+        numbers: how many numbers the model puts out per pair, by output: of both embeddings, and of the terms.
     """
     batch, tile = config.train.global_batch, tile_on("cuda" if torch.cuda.is_available() else "cpu", config.loss)
-    features = 2 * batch * numbers * 4
+    objective = Objective(config)
+    seen = {name: batch if objective.gathers(name) else batch // world for name in numbers}  # rows
+    features = 2 * 4 * sum(seen[name] * count for name, count in numbers.items())
     rows = {"full": batch, "local": batch // world, "tiled": min(tile, batch // world)}[config.loss.rows]
     columns = min(tile, batch) if config.loss.rows == "tiled" else batch
     return features + 3 * rows * columns * 4

@@ -52,7 +52,9 @@ def training_step(
     objective = Objective(config)
     ids = duplicate_ids(micro_batches) if config.loss.mask_duplicates else {}
     with section("loss"), three_products(engine.precision == "bf16" and engine.device.type == "cuda"):
-        losses, gradients = loss_gradients(outputs, objective, scalars=objective.scalars, **ids)
+        losses, gradients = loss_gradients(
+            outputs, objective, scalars=objective.scalars, gathers=objective.gathers, **ids
+        )
 
     # First the part whose graph is there already, so that there is never a second one beside it.
     for number in (len(cached), *range(len(cached))):

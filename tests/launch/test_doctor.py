@@ -258,10 +258,14 @@ def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
     config = RunConfig()
     config.train.global_batch = 32_768
     config.loss.rows = "full"
-    full = memory.loss_bytes(config, world=1, numbers=2 * 512)
+    numbers = {"image": 512, "text": 512}
+    full = memory.loss_bytes(config, world=1, numbers=numbers)
     assert full == 4 * 32_768 * 512 * 4 + 3 * 32_768**2 * 4
     config.loss.rows = "tiled"
-    assert memory.loss_bytes(config, world=1, numbers=2 * 512) < full / 20
+    assert memory.loss_bytes(config, world=1, numbers=numbers) < full / 20
+    # Of the images a rank has its own rows.
+    saved = memory.loss_bytes(config, world=1, numbers=numbers) - memory.loss_bytes(config, world=8, numbers=numbers)
+    assert saved == 2 * 4 * 512 * (32_768 - 4096)
 
 
 def test_gpu_and_driver_are_reported_here():

@@ -20,12 +20,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train import distributed
-from train.config import LossConfig
+from train.config import TOWERS, LossConfig
 from train.loss.ids import Ids
 from train.loss.products import exact_matmul
 from train.loss.tiled import tiled_sigmoid, tiled_softmax
 
 CLIP = LossConfig()
+
+
+def towers_gathered(config: LossConfig) -> tuple[str, ...]:
+    """The towers of which `contrastive_loss`, where it is collective, needs all ranks' features, not its own alone."""
+    return ("text",) if config.rows == "tiled" else TOWERS
 
 
 def contrastive_loss(
@@ -46,7 +51,8 @@ def contrastive_loss(
     Differentiable in image_BD, text_BD, logit_scale and bias, once.
 
     Args:
-        image_BD, text_BD: features of all ranks, L2-normalized; row i of one belongs to row i of the other.
+        image_BD, text_BD: features of all ranks, L2-normalized; row i of one belongs to row i of the other. In tiles,
+            where `collective`, the images may be those of rows [start, stop) alone.
         logit_scale: [1], what cosine similarities are multiplied by (exp already applied).
         config: which loss; by default CLIP's, in tiles.
         start, stop: this rank's rows; by default all rows.
@@ -59,16 +65,18 @@ def contrastive_loss(
     Raises:
         ValueError: an argument does not fit the others.
     """
-    B = image_BD.shape[0]
+    B = text_BD.shape[0]
     stop = B if stop is None else stop
-    if image_BD.ndim != 2 or image_BD.shape != text_BD.shape:
+    b = stop - start
+    images = b if collective and "image" not in towers_gathered(config) and len(image_BD) == b else B
+    if text_BD.ndim != 2 or image_BD.shape != (images, text_BD.shape[1]):
         raise ValueError(
             f"image_BD has shape {list(image_BD.shape)} and text_BD {list(text_BD.shape)}: both must be [B, D], with "
             "the embeddings of one pair in the same row"
         )
     if not 0 <= start < stop <= B:
-        raise ValueError(f"start {start} and stop {stop} must be a range of the {B} rows of image_BD")
-    if collective and stop - start < B and (start, stop) != distributed.span(B):
+        raise ValueError(f"start {start} and stop {stop} must be a range of the {B} rows of text_BD")
+    if collective and b < B and (start, stop) != distributed.span(B):
         has = "rows {} to {}".format(*distributed.span(B))
         raise ValueError(f"collective: rank {distributed.rank()} has {has} of {B}, not start {start} and stop {stop}")
     ids = None

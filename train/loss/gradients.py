@@ -1,8 +1,8 @@
 """The gradient of a loss over the global batch, for each part of the batch that a rank runs by itself.
 
 A model sees a part of the rows at a time; the loss sees all rows of all ranks. What the model puts out for each part is
-therefore cut off from its graph, gathered, and differentiated here; the caller carries the result into the model
-(GradCache, arXiv 2101.06983). See train/examples/own_trainer.py for a whole step.
+therefore cut off from its graph, gathered where the loss needs it of all ranks, and differentiated here; the caller
+carries the result into the model (GradCache, arXiv 2101.06983). See train/examples/own_trainer.py for a whole step.
 
 B: rows of the global batch, b: rows of this rank.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from train import distributed
 from train.config import LossConfig
-from train.loss.full import CLIP, contrastive_loss
+from train.loss.full import CLIP, contrastive_loss, towers_gathered
 from train.loss.ids import Rows
 
 Outputs = dict[str, Tensor]
 Objective = Callable[[Outputs, Rows], tuple[Tensor, Outputs]]
-"""Outputs of the global batch and this rank's rows -> this rank's loss, and parts of it by their names: scalars.
+"""Outputs and this rank's rows of the global batch -> this rank's loss, and parts of it by their names: scalars.
 
 The mean of this rank's loss over ranks is the loss of the global batch. Every rank calls it at once."""
 SCALARS = ("logit_scale", "logit_bias")
@@ -34,6 +34,7 @@ def loss_gradients(
     objective: Objective | LossConfig = CLIP,
     *,
     scalars: Sequence[str] = SCALARS,
+    gathers: Callable[[str], bool] = lambda _: True,
     image_ids_b: Tensor | None = None,
     text_ids_b: Tensor | None = None,
 ) -> tuple[Outputs, list[Outputs]]:
@@ -46,9 +47,11 @@ def loss_gradients(
     Args:
         outputs: what the model put out for each part of this rank's rows, the same names in each. Every rank has the
             same number of rows.
-        objective: a function of the gathered outputs and this rank's rows; or a LossConfig, for which the outputs are
-            image and text, unit vectors [rows, D], logit_scale [1] and, if the loss has a bias, logit_bias [1].
+        objective: a function of the outputs and this rank's rows; or a LossConfig, for which the outputs are image and
+            text, unit vectors [rows, D], logit_scale [1] and, if the loss has a bias, logit_bias [1].
         scalars: names of the outputs that do not belong to a row; they are the same in every part.
+        gathers: by the name of an output, whether the objective needs its rows of all ranks; of the others it gets
+            this rank's. By default of all outputs; for a LossConfig it is known.
         image_ids_b, text_ids_b: int64, equal numbers for the same image or caption, for LossConfig.mask_duplicates.
 
     Returns:
@@ -59,7 +62,7 @@ def loss_gradients(
         ValueError: the outputs of a part do not have the same number of rows, or do not fit the objective.
     """
     if isinstance(objective, LossConfig):
-        objective = partial(pair_loss, objective)
+        gathers, objective = towers_gathered(objective).__contains__, partial(pair_loss, objective)
     names = [name for name in outputs[0] if name not in scalars]
     sizes = [_rows_of(output, names) for output in outputs]
     # On a CPU float64 costs nothing beside the towers: rounded to float32 after the sums over ranks, gradients are the
@@ -67,17 +70,19 @@ def loss_gradients(
     dtype = torch.float64 if outputs[0][names[0]].device.type == "cpu" else torch.float32
     shared = {name: outputs[0][name].detach().to(dtype).requires_grad_() for name in scalars if name in outputs[0]}
     own = {name: torch.cat([output[name].detach() for output in outputs]).to(dtype) for name in names}
-    full = {name: distributed.all_gather_rows(value).requires_grad_() for name, value in own.items()}
+    seen = {name: distributed.all_gather_rows(value) if gathers(name) else value for name, value in own.items()}
     images_B, texts_B = (None if b is None else distributed.all_gather_rows(b) for b in (image_ids_b, text_ids_b))
 
     start = sum(sizes) * distributed.rank()
-    inputs = full | shared
+    inputs = {name: value.requires_grad_() for name, value in seen.items()} | shared
     total, losses = objective(inputs, Rows(start, start + sum(sizes), images_B, texts_B, collective=True))
     found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
     grads = dict(zip(inputs, found, strict=True))
 
-    # Features get the sum of all ranks' gradients, which averaging over ranks makes the gradient of the mean.
-    split = {name: distributed.reduce_scatter_rows(grads[name]).split(sizes) for name in names}
+    # Features get the sum of all ranks' gradients, which averaging over ranks makes the gradient of the mean. Of rows
+    # that no other rank has seen, it is this rank's.
+    summed = {name: distributed.reduce_scatter_rows(grads[name]) if gathers(name) else grads[name] for name in names}
+    split = {name: grad_bD.split(sizes) for name, grad_bD in summed.items()}
     # Scalars and losses are averaged here, before rounding: rounded first, ranks would not add up to the same bits.
     values = [value.detach().reshape(1) for value in losses.values()] + [grads[name].reshape(-1) for name in shared]
     means = distributed.all_reduce_sum(torch.cat(values)) / distributed.world_size()

@@ -35,12 +35,10 @@ def tiled_softmax(
     collective: bool,
 ) -> Tensor:
     """The softmax loss of rows `own` in both directions; collective: as of `contrastive_loss`."""
-    options = _options(image_BD, own, config, ids)
-    if own.stop - own.start == image_BD.shape[0]:
-        return _TiledSoftmax.apply(image_BD, text_BD, scale, options, True)
-    if collective:
-        return _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, True)
-    from_image = _TiledSoftmax.apply(image_BD[own], text_BD, scale, options, False)
+    options, image_bD = _options(image_BD, own, config, ids), _own_rows(image_BD, own)
+    if collective or len(image_bD) == len(text_BD):
+        return _TiledSoftmax.apply(image_bD, text_BD, scale, options, True)
+    from_image = _TiledSoftmax.apply(image_bD, text_BD, scale, options, False)
     from_text = _TiledSoftmax.apply(text_BD[own], image_BD, scale, options, False)
     return (from_image + from_text) / 2
 
@@ -50,12 +48,17 @@ def tiled_sigmoid(
 ) -> Tensor:
     """The sigmoid loss of image rows `own` with all texts."""
     options = _options(image_BD, own, config, ids)
-    return _TiledSigmoid.apply(image_BD[own], text_BD, scale, bias, options)
+    return _TiledSigmoid.apply(_own_rows(image_BD, own), text_BD, scale, bias, options)
 
 
 def tile_on(device_type: str, config: LossConfig) -> int:
     """Rows and columns of a tile: as configured, or what suits such a device (`cpu`, `cuda`)."""
     return config.tile or (1024 if device_type == "cpu" else 4096)
+
+
+def _own_rows(image_BD: Tensor, own: slice) -> Tensor:
+    """Rows `own` of the images of all ranks; images that are those rows alone, as they are."""
+    return image_BD if len(image_BD) == own.stop - own.start else image_BD[own]
 
 
 class _Options(NamedTuple):

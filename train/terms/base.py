@@ -37,8 +37,9 @@ class Term(ABC):
 
     A term is made from the config alone, wherever something is asked of it. The methods below that take `pair` are
     called by that model (train.model.PairModel): its towers are `pair.image` and `pair.text`, the temperature is
-    `pair.log_scale`, and the term's heads are attributes of it. Everything but `enabled` and `loss` has a default that
-    does nothing. A term is added by its class, a dataclass in ModelConfig and a row of train.terms.TERMS.
+    `pair.log_scale`, and the term's heads are attributes of it. Everything but `enabled` and `loss` has a default: all
+    outputs are gathered, and nothing else is done. A term is added by its class, a dataclass in ModelConfig and a row
+    of train.terms.TERMS.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ()
@@ -106,12 +107,19 @@ class Term(ABC):
         """The outputs that `scalars` names; 1-D, since DeepSpeed fails on tensors without dimensions."""
         return {}
 
+    def gathers(self, output: str, config: LossConfig) -> bool:
+        """Whether `loss` needs the rows of all ranks of this output; asked for every output of the model, by its name.
+
+        Of an output that no part of the loss needs of all ranks, `loss` gets this rank's rows alone.
+        """
+        return True
+
     @abstractmethod
     def loss(self, outputs: Mapping[str, Tensor], rows: Rows, config: LossConfig) -> tuple[Tensor, Outputs]:
         """What is added to this rank's loss, and parts of it by the names of their metrics.
 
         Args:
-            outputs: of the global batch: rows of all ranks, and scalars.
+            outputs: rows of all ranks of the outputs that `gathers` asks for, and scalars.
             rows: this rank's; the mean over ranks of what is returned is the term of the global batch.
             config: the loss of the pair.
         """

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import LossConfig, MultiscaleConfig
-from train.loss.full import contrastive_loss
+from train.loss.full import contrastive_loss, towers_gathered
 from train.loss.ids import Rows
 from train.terms.base import Encoded, Heads, Outputs, Term
 from train.terms.taps import tapped
@@ -102,6 +102,9 @@ class Levels(Term):
         if pair.level_biases is not None:
             outputs["level_biases"] = pair.level_biases.float().clone()
         return outputs
+
+    def gathers(self, output: str, config: LossConfig) -> bool:
+        return output in [f"{tower}_levels" for tower in towers_gathered(config)]
 
     def loss(self, outputs: Mapping[str, Tensor], rows: Rows, config: LossConfig) -> tuple[Tensor, Outputs]:
         image_nBD, text_nBD = (outputs[f"{tower}_levels"].transpose(0, 1) for tower in ("image", "text"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from train.config import RunConfig
+from train.loss.full import towers_gathered
 from train.loss.gradients import SCALARS, pair_loss
 from train.loss.ids import Rows
 from train.terms import enabled
@@ -14,7 +15,7 @@ from train.terms.base import Outputs
 
 
 class Objective:
-    """The loss of a run as a function of the global batch's outputs, for `loss_gradients`.
+    """The loss of a run as a function of the model's outputs, for `loss_gradients`.
 
     scalars: names of the outputs that do not belong to a row.
     """
@@ -23,6 +24,10 @@ class Objective:
         self.config = config.loss
         self.terms = enabled(config.model)
         self.scalars = (*SCALARS, *(name for term in self.terms for name in term.scalars))
+
+    def gathers(self, output: str) -> bool:
+        """Whether any part of the loss needs the rows of all ranks of this output of the model."""
+        return output in towers_gathered(self.config) or any(term.gathers(output, self.config) for term in self.terms)
 
     def __call__(self, outputs: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Outputs]:
         """This rank's loss, whose mean over ranks is the loss of the global batch, and parts of it by their metrics.

@@ -55,6 +55,9 @@ class Views(Term):
         assert len(views) == len(batches), "the loader makes second views by its Extras"
         return {"other_view": pair.image_ssl(pair.other_image_features(views))}
 
+    def gathers(self, output: str, config: LossConfig) -> bool:
+        return output in ("view", "other_view")  # each view's columns are the others
+
     def loss(self, outputs: Mapping[str, Tensor], rows: Rows, config: LossConfig) -> tuple[Tensor, Outputs]:
         """NT-Xent (SimCLR, arXiv 2002.05709) of two views of every image.
 

@@ -50,6 +50,9 @@ class Words(Term):
         loss_B, count_B = pair.text_ssl(hidden_BLD, batch.targets_BL)
         return {"words_loss": loss_B, "words_count": count_B}
 
+    def gathers(self, output: str, config: LossConfig) -> bool:
+        return output in ("words_loss", "words_count")
+
     def loss(self, outputs: Mapping[str, Tensor], rows: Rows, config: LossConfig) -> tuple[Tensor, Outputs]:
         # The mean over the hidden words of the global batch: the same on every rank, however many are in its rows.
         loss = outputs["words_loss"].sum() / outputs["words_count"].sum().clamp_min(1)

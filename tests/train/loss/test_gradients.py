@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from tests.support.distributed import run_distributed
 from tests.support.exactness import clip_loss
+from tests.support.wire import counted
 from train import distributed
 from train.config import LossConfig
 from train.loss import Rows, contrastive_loss, loss_gradients
@@ -37,16 +38,55 @@ def pull_together(outputs, rows: Rows):
     return loss, {"loss": loss}
 
 
+def pull_together_own(outputs, rows: Rows):
+    """The same of this rank's images, where they are all that there is of them."""
+    return pull_together(outputs, Rows(0, len(outputs["image"])))
+
+
+def clip(outputs):
+    return clip_loss(*outputs.values())
+
+
+def sigmoid(outputs):
+    logits = outputs["logit_scale"] * outputs["image"] @ outputs["text"].T
+    return -F.logsigmoid((2 * torch.eye(12) - 1) * logits).sum() / 12
+
+
+def pull(outputs):
+    return pull_together(outputs, Rows())[0]
+
+
+def only_texts(name: str) -> bool:
+    return name == "text"
+
+
+OBJECTIVES = (
+    # An objective, what it asks for, and the numbers per row that ranks gather; those that they then add up: gradients
+    # of as many, and three per column of the tiles.
+    (LossConfig(), {}, 4, 4 + 3),
+    (LossConfig(kind="sigmoid"), {}, 4, 4),
+    (LossConfig(rows="local"), {}, 8, 8),
+    (LossConfig(mask_duplicates=True), {}, 4 + 2, 4 + 3),
+    (pull_together, {}, 8, 8),
+    (pull_together_own, {"gathers": only_texts}, 4, 4),
+)
+
+
 def gradients_of_a_rank(parts: int) -> list[list[torch.Tensor]]:
-    """Loss and averaged gradients, for a LossConfig and for an objective of one's own."""
+    """Loss and averaged gradients for each objective."""
     world, rank = distributed.world_size(), distributed.rank()
     own = data().chunk(world)[rank].chunk(parts)
+    ids = dict.fromkeys(("image_ids_b", "text_ids_b"), torch.arange(12).chunk(world)[rank])
     results = []
-    for objective in (LossConfig(), pull_together):
+    for objective, options, gathered, added in OBJECTIVES:
         model = Pair()
         with torch.no_grad():
             outputs = [model(part) for part in own]
-        losses, gradients = loss_gradients(outputs, objective)
+        with counted() as sent:
+            masked = getattr(objective, "mask_duplicates", False)
+            losses, gradients = loss_gradients(outputs, objective, **options, **(ids if masked else {}))
+        if world > 1:  # float64: 12 rows, and at last the loss and the temperature's gradient
+            assert sent == {"all_gather_into_tensor": 8 * 12 * gathered, "all_reduce": 8 * (12 * added + 2)}, objective
         for part, gradient in zip(own, gradients, strict=True):
             output = model(part)
             torch.autograd.backward(list(output.values()), [gradient[name] for name in output])
@@ -58,8 +98,7 @@ def gradients_of_a_rank(parts: int) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_a_model_of_ones_own_accumulates_exactly(world, parts):
     results = run_distributed(gradients_of_a_rank, world, parts)
-    plain = (lambda outputs: clip_loss(*outputs.values()), lambda outputs: pull_together(outputs, Rows())[0])
-    for number, loss_of in enumerate(plain):
+    for number, loss_of in enumerate((clip, sigmoid, clip, clip, pull, pull)):
         model = Pair()
         loss = loss_of(model(data()))
         loss.backward()
@@ -105,7 +144,7 @@ def test_outputs_that_do_not_fit_are_refused(change, match):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"start": 6, "stop": 6}, "start 6 and stop 6 must be a range of the 12 rows of image_BD"),
+        ({"start": 6, "stop": 6}, "start 6 and stop 6 must be a range of the 12 rows of text_BD"),
         (
             {"start": 2, "stop": 5, "collective": True},
             "collective: rank 0 has rows 0 to 12 of 12, not start 2 and stop 5",

@@ -1,5 +1,7 @@
 """A term of the loss that is defined here alone, and registered by its row of TERMS, trains exactly."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from tests.support.exactness import (
     relative_error,
     write_text_tower,
 )
+from tests.support.wire import counted
 from train import distributed
 from train.config import RunConfig
 from train.engine.build import engine_of_run
@@ -60,8 +63,13 @@ def plain(config: RunConfig, model: PairModel) -> tuple[float, dict[str, Tensor]
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def its_rows(self, output, config) -> bool:
+    return output == "apart_rows"
+
+
 def errors_of_a_rank(text_tower: str, residents: list[int]) -> list[dict[str, float]]:
-    """For each number of resident micro-batches, the relative error of the term and of every gradient."""
+    """For each number of resident micro-batches, the relative error of the term and of every gradient; and again where
+    the term says what it needs of other ranks."""
     TERMS["apart"] = Apart
     accelerator = start()
     config = make_config(text_tower, "tiled", global_batch=16)
@@ -78,8 +86,13 @@ def errors_of_a_rank(text_tower: str, residents: list[int]) -> list[dict[str, fl
 
     engine.step = keep_gradients
     results = []
-    for config.train.resident in residents:
-        metrics = training_step(engine, own, config)
+    for gathers, config.train.resident in product((Apart.gathers, its_rows), residents):
+        Apart.gathers = gathers
+        with counted() as sent:
+            metrics = training_step(engine, own, config)
+        # Captions and the term's rows, 16 and 6 numbers in float64; the images, too, where it does not say.
+        numbers = 16 + 6 if gathers is its_rows else 16 + 16 + 6
+        assert sent["all_gather_into_tensor"] == (8 * 16 * numbers if distributed.world_size() > 1 else 0)
         errors = {name: relative_error(found[name], expected[name]) for name in expected if counts(name)}
         results.append(errors | {"loss/apart": abs(float(metrics["loss/apart"]) - loss) / loss})
     return results

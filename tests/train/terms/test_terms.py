@@ -4,8 +4,9 @@ from data_pipeline.stages.decode import Extras
 from tests.support.exactness import write_text_tower
 from tests.train.model.test_model import MEAN, STD, small_config
 from train import terms
-from train.config import ModelConfig
+from train.config import ModelConfig, RunConfig
 from train.model.pair import build_model
+from train.terms.objective import Objective
 
 SIDE = (
     "gates_n",
@@ -38,3 +39,20 @@ def test_the_loader_makes_what_terms_ask_for_and_nothing_else():
     assert Extras(**terms.extras(config)) == Extras(mask=0.3)
     config.self_supervision.image = 0.5
     assert Extras(**terms.extras(config)) == Extras(second_view=True, mask=0.3)
+
+
+def test_ranks_gather_what_a_part_of_the_loss_needs_and_nothing_else():
+    config, texts, views = RunConfig(), {"text", "text_levels"}, {"view", "other_view"}
+    names = [*texts, *views, "image", "image_levels", "words_loss", "words_count"]
+
+    def gathered() -> set[str]:
+        return {name for name in names if Objective(config).gathers(name)}
+
+    assert gathered() == {"text"}
+    config.model.multiscale.enabled = True
+    assert gathered() == texts
+    config.loss.rows = "full"
+    assert gathered() == {*texts, "image", "image_levels"}
+    config.loss.rows, config.loss.kind = "tiled", "sigmoid"
+    config.model.self_supervision.image = config.model.self_supervision.text = 0.5
+    assert gathered() == {*texts, *views, "words_loss", "words_count"}
