@@ -19,12 +19,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_pipeline.commands.parallel import cores, positive, run_parallel
+from data_pipeline.commands.parallel import cores, new_file, positive, run_parallel
 from data_pipeline.samples.text import LINES, WHOLE
 from data_pipeline.statistics import merge_statistics, shard_statistics
 from data_pipeline.storage.files import put_in_place, take_lock
 from data_pipeline.storage.kept_index import read_hashed
-from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, write_manifest
+from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest, manifest_path, write_manifest
 from data_pipeline.storage.redaction import address, redact_urls
 from data_pipeline.storage.remote import attempt, described, expand, fetch_file, filesystem, folder_of, is_remote
 from data_pipeline.storage.tar_index import EmptyTar
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=new_file,
         help="the manifest (default: manifest.json beside the shards, or in the folder above all of theirs)",
     )
     add_caption_rule(parser)
@@ -131,8 +131,7 @@ def bad_path(manifest: Path) -> Path:
 
 def _manifest_path(urls: Sequence[str], out: Path | None, of_one_pattern: bool) -> Path:
     if out is not None:
-        out = out.expanduser().absolute()
-        return out / FILE_NAME if out.is_dir() else out
+        return manifest_path(out.expanduser())
     if any(is_remote(url) for url in urls):
         raise ValueError("--out: say where the manifest goes; it cannot be written beside remote shards")
     folders = sorted({str(Path(url).parent) for url in urls})

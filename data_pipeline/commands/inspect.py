@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.commands.parallel import positive
+from data_pipeline.commands.parallel import new_file, positive
 from data_pipeline.config import DataConfig
 from data_pipeline.overlap import overlap
 from data_pipeline.samples.image import BadSample, decode_image
@@ -63,7 +63,7 @@ find the same picture in another size or format.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="manifest.json, or the directory that holds it")
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="draw samples, evenly spaced over the data, on this sheet"
+        "--out", type=new_file, metavar="PNG", help="draw samples, evenly spaced over the data, on this sheet"
     )
     parser.add_argument("--count", type=positive, default=0, metavar="N", help="samples on the sheet (24; augmented 8)")
     parser.add_argument("--augmented", action="store_true", help="draw what the model sees in training, several times")
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     """The command. Raises ValueError for what cannot be read or drawn."""
     if args.augmented and not args.out:
         raise ValueError("--augmented needs --out: the PNG file to draw on")
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a directory: give a PNG file, such as {args.out / 'sheet.png'}")
     config = load_config(args.config)
     manifest = load_manifest(args.manifest)
     print(describe(manifest))

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipeline.commands import index as indexing
 from data_pipeline.commands.encoding import EXTENSIONS, Encoding, encode_rows
-from data_pipeline.commands.parallel import cores, interrupts_held, positive, run_parallel
+from data_pipeline.commands.parallel import cores, interrupts_held, new_folder, positive, run_parallel
 from data_pipeline.commands.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, choose_columns, read_rows
 from data_pipeline.commands.tables import KINDS, Table, open_table
 from data_pipeline.samples.image import MAX_PIXELS
@@ -76,7 +77,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("input", metavar="INPUT", help=KINDS)
-    add("out", metavar="OUT", type=Path, help="directory for the shards, manifest.json and skipped.jsonl")
+    add("out", metavar="OUT", type=new_folder, help="directory for the shards, manifest.json and skipped.jsonl")
     add("--image-column", default="", metavar="NAME", help="paths relative to the table, or the images' bytes")
     add(
         "--caption-column",
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
                         with interrupts_held():
                             _save(out, reached)
                             state = reached
-            return _finish(out, state, args)
+            return _finish(out, state, args, columns)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{_kept(out, state)}; the same command continues from there") from None
         except OSError as error:
@@ -302,17 +303,21 @@ def _lists(path: Path, shards: list[str], samples: int) -> bool:
     return is_whole and [shard.url for shard in manifest.shards] == urls and manifest.nsamples == samples
 
 
-def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
+def _finish(out: Path, state: State, args: argparse.Namespace, columns: Columns) -> int:
     """Write the manifest and say what came of it."""
-    listed = ""
+    listed, cause = "", ""
     if state.skipped:
         with (out / SKIPPED).open(encoding="utf-8") as causes:
             first = json.loads(causes.readline())
-        listed = f"{out / SKIPPED} (first: row {first['row']}, {first['cause']})"
+        cause = first["cause"]
+        listed = f"{out / SKIPPED} (first: row {first['row']}, {cause})"
     if not (state.complete or state.skipped):
         raise ValueError(f"INPUT: {args.input} has no rows")
     if not state.complete:
-        raise ValueError(f"no sample of {args.input} could be packed; all {state.skipped:,} are listed in {listed}")
+        advice = _advice(cause, columns)
+        raise ValueError(
+            f"no sample of {args.input} could be packed; all {state.skipped:,} are listed in {listed}{advice}"
+        )
     manifest = out / FILE_NAME
     shards = [str(out / f"{PREFIX}-{number:06d}.tar") for number in range(state.shards)]
     if _lists(manifest, shards, state.samples):
@@ -328,5 +333,22 @@ def _finish(out: Path, state: State, args: argparse.Namespace) -> int:
     if state.several_lines:
         print(indexing.several_lines_note(state.several_lines, args.captions))
     if state.skipped:
-        print(f"{state.skipped:,} skipped, each with its cause in {listed}")
+        advice = _advice(cause, columns) if CONVERTIBLE.search(cause) else ""
+        print(f"{state.skipped:,} skipped, each with its cause in {listed}{advice}")
     return 0
+
+
+CONVERTIBLE = re.compile("image but an? (GIF|BMP|TIFF|AVIF)")
+"""A cause for which --format helps."""
+
+
+def _advice(cause: str, columns: Columns) -> str:
+    """What may help where rows are skipped for that cause; for the end of a message."""
+    if cause.startswith("the image cannot be read:"):
+        return f"; paths start from {columns.root}: --image-root names another folder, --image-column another column"
+    if cause.startswith("no caption"):
+        return (
+            "; captions are in a .txt or .json beside each image, or in the --caption-column of a table: "
+            "python -m data_pipeline pack TABLE OUT --image-root IMAGES"
+        )
+    return "; --format png stores GIF, BMP, TIFF and AVIF as PNG" if CONVERTIBLE.search(cause) else ""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -31,6 +32,20 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def new_file(text: str) -> Path:
+    """A flag's value: a file to be written."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    return Path(text)
+
+
+def new_folder(text: str) -> Path:
+    """A flag's value: a directory to be written to."""
+    if new_file(text).expanduser().is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give a directory")
+    return Path(text)
 
 
 def run_parallel(

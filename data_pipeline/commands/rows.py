@@ -95,7 +95,7 @@ def choose_columns(
                 f"there is no column {asked!r}" if asked else f"none of the columns is called {' or '.join(usual)}"
             )
             columns = ", ".join(table.columns)
-            raise ValueError(f"{flag}: {lacking} in {table.folder}; the columns are: {columns}{table.hint}")
+            raise ValueError(f"{flag}: {lacking} in {table.name}; the columns are: {columns}{table.hint}")
         return found[0]
 
     image = choose("--image-column", image, IMAGE_COLUMNS)

@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from data_pipeline.commands.parallel import new_folder
 from data_pipeline.demo.openclipart import openclipart
 from data_pipeline.demo.openmoji import openmoji
 from data_pipeline.demo.weights import image_tower, text_tower
@@ -29,7 +30,9 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", nargs="?", default=Path("data/demo"), type=Path, help="folder (default: data/demo)")
+    parser.add_argument(
+        "out", nargs="?", default=Path("data/demo"), type=new_folder, help="folder (default: data/demo)"
+    )
     parser.add_argument("--corpus", choices=tuple(CORPORA), default="openmoji", help="which pictures")
     parser.add_argument("--limit", type=int, default=0, help="use this many pictures only, for a trial (default: all)")
 

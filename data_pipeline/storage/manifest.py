@@ -135,6 +135,18 @@ def _beside(pattern: str) -> Manifest:
     return manifest
 
 
+def manifest_path(out: Path) -> Path:
+    """The file that a manifest is written to: `out`, or manifest.json in that directory.
+
+    Raises:
+        ValueError: the file is there and is something else.
+    """
+    path = out.absolute() / FILE_NAME if out.is_dir() else out.absolute()
+    if not may_be_replaced(path):
+        raise ValueError(f"--out: {path} is there and is no manifest, so it stays: give another name")
+    return path
+
+
 def write_manifest(
     path: str | os.PathLike[str], shards: Sequence[Shard], statistics: dict[str, Any], captions: str = "whole"
 ) -> None:
@@ -146,8 +158,7 @@ def write_manifest(
     url = os.fspath(path)
     if is_remote(url):
         raise ValueError(f"{url}: a manifest is written to a local path; copy it beside the shards afterwards")
-    local = Path(url).absolute()
-    local = local / FILE_NAME if local.is_dir() else local
+    local = manifest_path(Path(url))
     content = {
         "__kind__": SELECTED_KIND if any(shard.selection for shard in shards) else KIND,
         "wids_version": 1,
@@ -185,9 +196,7 @@ def _read(url: str) -> bytes:
         raise
     except FileNotFoundError as error:
         if not_found(error):
-            command = _command(url)
-            first = " (images and tables become shards by: python -m data_pipeline pack)" if "SHARDS" in command else ""
-            raise ValueError(f"there is no manifest at {url}; make it with{first}: {command}") from error
+            raise ValueError(f"there is no manifest at {url}; {_made_by(_command(url))}") from error
         raise ValueError(f"the manifest {url} could not be read: {error.__cause__}") from error
     except Exception as error:  # Each remote backend has exceptions of its own.
         raise ValueError(f"the manifest {url} could not be read: {described(url, error)}") from error
@@ -216,8 +225,29 @@ def _resolve(url: str, manifest: str) -> str:
 
 def _remedy(url: str, content: Any = None) -> str:
     """content: what of the manifest can be read."""
+    if not is_remote(url) and not may_be_replaced(Path(url)):
+        return _made_by("python -m data_pipeline index SHARDS --out NAME.json")
     rule = " --captions lines" if isinstance(content, dict) and content.get("captions") == "lines" else ""
     return f"make it again with: {_command(url)}{rule}"
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether a manifest may be written there: over nothing, another manifest, whatever is called manifest.json, or a
+    .json file that is damaged."""
+    if path.name == FILE_NAME or not path.is_file() or path.stat().st_size == 0:
+        return True
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return path.suffix == ".json"
+    return isinstance(content, dict) and not content.keys().isdisjoint(("__kind__", "shardlist"))
+
+
+def _made_by(command: str) -> str:
+    """What makes a manifest; of what is in no shards yet, too, where the command does not name the shards."""
+    if "SHARDS" not in command:
+        return f"make it with: {command}"
+    return f"`python -m data_pipeline pack` makes one of images or a table, and of tars: {command}"
 
 
 def _command(url: str) -> str:
@@ -225,6 +255,8 @@ def _command(url: str) -> str:
     folder, _, name = address(url).rpartition("/")
     if is_remote(url):
         return f"python -m data_pipeline index {folder}/ --out {name} (and copy that beside them)"
+    if not name.endswith(".json") and not Path(url).exists():  # a directory is meant
+        return f"python -m data_pipeline index SHARDS --out {shlex.quote(f'{url}/{FILE_NAME}')}"
     try:
         expand([folder])
     except ValueError:

@@ -35,6 +35,11 @@ class Table:
     def __init__(self, files: Sequence[Path], folder: Path) -> None:
         self.files, self.folder = list(files), folder
 
+    @property
+    def name(self) -> Path:
+        """What a message calls it: its file, or where it has several their folder."""
+        return self.files[0] if len(self.files) == 1 else self.folder
+
     def read(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[Record]:
         raise NotImplementedError
 

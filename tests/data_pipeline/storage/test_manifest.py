@@ -111,9 +111,7 @@ def test_a_write_that_fails_keeps_the_old_manifest(tiny_shards):
 
 def test_a_missing_manifest_names_the_remedy(tmp_path):
     for path in (tmp_path, tmp_path / "manifest.json", tmp_path / "no.json"):
-        with pytest.raises(
-            ValueError, match=r"no manifest at .*data_pipeline pack\): .* index SHARDS --out /.*\.json$"
-        ):
+        with pytest.raises(ValueError, match=r"no manifest at .*data_pipeline pack` .* index SHARDS --out /.*\.json$"):
             load_manifest(path)
 
 
@@ -262,6 +260,18 @@ def test_a_signed_address_is_read_and_its_shards_are_beside_it(tiny_shards):
     with serve(directory) as server:
         manifest = load_manifest(f"{server.url}/manifest.json?X-Amz-Signature=a/b")
         assert [shard.url for shard in manifest.shards] == [f"{server.url}/train-000000.tar"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("captions.csv", "file,caption"), ("coco.json", '{"images": []}')])
+def test_a_file_that_is_something_else_is_not_overwritten(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(ValueError, match="is there and is no manifest"):
+        write_manifest(path, [shard(tmp_path / "a.tar")], {})
+    with pytest.raises(ValueError, match=r"is not a manifest .* --out NAME\.json$"):
+        load_manifest(path)
+    assert path.read_text() == text
 
 
 def test_the_remedy_of_a_damaged_manifest_reads_captions_as_it_did(tmp_path):
