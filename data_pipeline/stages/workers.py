@@ -18,9 +18,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -34,6 +34,7 @@ POLL_SECONDS = 1.0
 """How often it is seen, while waiting, whether all loader processes are alive and whether to wait on."""
 MOST_WORKERS = 16
 """Loader processes per training process, where nobody has given a number: enough for the GPUs of today."""
+HELD_UP = {psutil.STATUS_STOPPED: ", which is stopped,", psutil.STATUS_DISK_SLEEP: ", which waits for a device,"}
 NOTE_BYTES = 1024
 _note: memoryview | None = None
 """Where this loader process writes what it is at."""
@@ -197,7 +198,7 @@ class _Alarm(threading.Thread):
         return waited > self.loader.patience.seconds
 
     def _suspect(self) -> int:
-        stopped = (n for n, process in enumerate(self.iterator._workers) if _state(process.pid) in ("T", "D"))
+        stopped = (n for n, process in enumerate(self.iterator._workers) if _held_up(process.pid))
         return next(stopped, self.number % self.loader.workers)
 
 
@@ -303,12 +304,11 @@ class WorkerLoader:
 
     def _hang(self, iterator: Any, worker: int, waited: float) -> str:
         pid, stacks = iterator._workers[worker].pid, self.patience.stacks
-        state = _state(pid)
+        how = _held_up(pid)
         if stacks:
             os.kill(pid, signal.SIGQUIT)
             time.sleep(0.5)
-        how = {"T": ", which is stopped,", "D": ", which waits for a device,"}.get(state, "")
-        where = f"; its stacks are in {stacks}" if stacks and state not in "TD" else ""
+        where = f"; its stacks are in {stacks}" if stacks and not how else ""
         who = f"loader process {worker} (pid {pid}){how}"
         return f"{who} has made nothing in {waited:.0f} s{self._noted(worker)}{where}{self.patience.remedy}"
 
@@ -336,10 +336,10 @@ class WorkerLoader:
                 signal.signal(signal.SIGCHLD, on_child)
 
 
-def _state(pid: int) -> str:
-    """Of a process, by its letter in /proc: T is stopped, D waits for a device."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def _held_up(pid: int) -> str:
+    """By what a process cannot go on, nor write its stacks, in words; empty where nothing is known to hold it up."""
+    with contextlib.suppress(psutil.Error):
+        return HELD_UP.get(psutil.Process(pid).status(), "")
     return ""
 
 

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from train.distributed import world_size
 
 REMEDY = (
@@ -19,6 +21,7 @@ REMEDY = (
     "--num_processes (of all machines) and --main_process_ip. Set DUET_PROCESSES to the number that you do want if "
     "the one above was not meant for this run."
 )
+ANCESTORS = 4
 
 
 class Launcher(NamedTuple):
@@ -55,16 +58,15 @@ def check_world_size(launcher: Launcher | None = None) -> None:
         _require(world % tasks == 0, world, f"{name}={tasks}")
 
 
-def find_launcher(pid: int | None = None, ancestors: int = 4) -> Launcher | None:
-    """The nearest `accelerate launch` among the ancestors of a process (this one: None), or None."""
-    pid = os.getpid() if pid is None else pid
-    for _ in range(ancestors):
+def find_launcher() -> Launcher | None:
+    """The nearest `accelerate launch` among the next ANCESTORS of this process, or None."""
+    process = psutil.Process()
+    for _ in range(ANCESTORS):
         options = None
-        with suppress(OSError, ValueError):  # no /proc, or the process is gone or not ours
-            stat = Path(f"/proc/{pid}/stat").read_text()
-            pid = int(stat.rsplit(")", 1)[1].split()[1])
-            directory = Path(f"/proc/{pid}/cwd").resolve()
-            options = launch_options(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1])
+        with suppress(psutil.Error):  # gone, or of a user whose processes are hidden
+            process = process.parent() or process
+            directory = Path(process.cwd())
+            options = launch_options(process.cmdline())
         if options is not None:
             return _read_launcher(options, directory)
     return None
