@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
@@ -161,6 +161,14 @@ def decode_image(
     image = open_image(data, max_pixels)
     shrink = min(image.size) / target if target else 1.0
     return load_image(image, background=background, shrink=shrink)
+
+
+def decode_square(
+    data: bytes, side: int, *, max_pixels: int = MAX_PIXELS, background: RGB = (255, 255, 255)
+) -> Image.Image:
+    """Decode image bytes, the whole of it, into the middle of a square of `side` pixels. Raises BadSample."""
+    image = decode_image(data, max_pixels=max_pixels, background=background, target=side)
+    return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=tuple(background))
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import sequential
-from data_pipeline.samples.image import decode_image
+from data_pipeline.samples.image import decode_square
 from data_pipeline.samples.text import split
 from data_pipeline.stages.readers import Readers
 from data_pipeline.storage.manifest import Manifest
@@ -37,13 +37,8 @@ class Pictures:
 
     def square(self, row: int, side: int) -> Image.Image:
         """The whole image, on the background, in a square of `side` pixels."""
-        image = decode_image(
-            split(self._raw(row), needs_caption=False)[0],
-            max_pixels=self.config.max_pixels,
-            background=self.config.background,
-            target=side,
-        )
-        return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=tuple(self.config.background))
+        data, _, _ = split(self._raw(row), needs_caption=False)
+        return decode_square(data, side, max_pixels=self.config.max_pixels, background=self.config.background)
 
     def _raw(self, row: int) -> dict:
         # Rows leave out the samples that were bad or had no caption: a row's sample is at its number or later, by no

@@ -9,12 +9,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from PIL import Image, ImageOps
-
 from data_pipeline.config import DataConfig
 from data_pipeline.embeddings.index import Index
 from data_pipeline.embeddings.inputs import Input, TextInput, open_input
-from data_pipeline.samples.image import BadSample, decode_image
+from data_pipeline.samples.image import BadSample, decode_square
 from data_pipeline.samples.text import split
 from data_pipeline.storage.files import read_file, write_atomically
 from train.report.plots import INK, LINE, MUTED
@@ -58,9 +56,8 @@ class Samples:
 
 
 def _tag(data: bytes) -> str:
-    image = ImageOps.pad(decode_image(data, target=SIDE), (SIDE, SIDE), Image.Resampling.LANCZOS, color="white")
     buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=85)
+    decode_square(data, SIDE).save(buffer, "webp", quality=85)
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
