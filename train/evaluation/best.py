@@ -10,6 +10,7 @@ from typing import Any
 from train import checkpoint, distributed
 from train.config import RunConfig
 from train.evaluation import find_task
+from train.evaluation.beside import completed
 from train.evaluation.suite import given_tasks
 from train.run.records import read_history
 from train.saving.write import mark_best
@@ -62,7 +63,7 @@ def score(config: RunConfig) -> Callable[..., Any]:
     scores = {
         f"{name}/{metric}": better
         for name, given in given_tasks(config).items()
-        for metric, better in find_task(given.task).scores.items()
+        for metric, better in find_task(completed(given).task).scores.items()
     }
     if config.checkpoint.best not in scores:
         known = ", ".join(scores) or "none: give data.val, or eval.tasks"

@@ -23,7 +23,7 @@ NO_HELD_OUT = (
 
 
 def given_tasks(config: RunConfig) -> dict[str, EvalTask]:
-    """What a run evaluates, by name: retrieval on `data.val` where there is one, then `eval.tasks`.
+    """What a run evaluates, by name: retrieval on `data.val` where there is one, then `eval.tasks`, as they are given.
 
     Raises:
         ValueError: a task without a name, or with the name of another one.
@@ -35,7 +35,7 @@ def given_tasks(config: RunConfig) -> dict[str, EvalTask]:
             raise ValueError(f"eval.tasks: name {task.name!r} of entry {number}: give one word, such as birds")
         if task.name in given:
             raise ValueError(f"eval.tasks: two are called {task.name}; give each a name of its own")
-        given[task.name] = completed(replace(task, data=task.data or config.data.val))
+        given[task.name] = replace(task, data=task.data or config.data.val)
     return given
 
 
@@ -46,7 +46,7 @@ def check_tasks(config: RunConfig) -> None:
     """
     for name, given in given_tasks(config).items():
         try:
-            check_options(given)
+            check_options(completed(given))
         except ValueError as error:
             raise ValueError(f"eval.tasks, {name}: {error}") from error
 

@@ -11,6 +11,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.storage.manifest import load_manifest
 from tests.support.pictures import picture
 from tests.support.small import COLOURS, write_data
+from train import evaluate
 from train.config import EvalTask, RunConfig
 from train.evaluation import build_task
 from train.evaluation.suite import Suite
@@ -41,6 +42,17 @@ def test_what_is_given_wins(colours, tmp_path):
     assert isinstance(task, Zeroshot) and task.names[0] == "one" and len(task.templates) == 80
     for kind in ("retrieval", "knn"):
         assert build_task(EvalTask(task=kind, data=str(colours))).given.task == kind
+
+
+def test_other_data_bring_their_own_classes_and_sentences(colours, tmp_path):
+    other = write_data(tmp_path / "other" / "test", (4,))
+    (tmp_path / "other" / "dataset_type.txt").write_text("classification\n")
+    (tmp_path / "other" / "classnames.txt").write_text("\n".join(reversed(COLOURS)) + "\n")
+    config = RunConfig()
+    config.eval.tasks = [EvalTask("colours", data=str(colours), every=5)]
+    options = evaluate.make_parser().parse_args(["--run", "r", "--task", "colours", "--data", str(other)])
+    task = build_task(evaluate.described(options, config))
+    assert isinstance(task, Zeroshot) and task.names == list(COLOURS)[::-1] and task.given.every == 5
 
 
 def test_a_run_names_its_tasks_alike(colours):
