@@ -27,14 +27,14 @@ _OPERATORS = {
     "bincount",
     "repeat_interleave",
 }
-_METHODS = {Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_METHODS = {Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.new_tensor}
 
 
 class Syncs:
     """Within it, counts what would wait for a GPU; `at` has the count of each place, "file:line operator".
 
     On a CPU no copy to the host is seen where the tensor is there already, so calls of `cpu`, `tolist` and `numpy`
-    count, whatever the tensor; copies by `to` do not.
+    count, and of `new_tensor`, which copies from it, whatever the tensor; copies by `to` do not.
     """
 
     def __init__(self) -> None:

@@ -164,9 +164,10 @@ class Engine(ABC):
 
     def updates(self) -> int:
         """Updates that AdamW has made: its step count for the bias correction, the same for every parameter."""
-        counts = {int(state["step"]) for state in self.inner_optimizer.state.values() if "step" in state}
-        assert len(counts) <= 1, f"parameters with different step counts: {sorted(counts)}"
-        return counts.pop() if counts else 0
+        steps = [torch.as_tensor(state["step"]) for state in self.inner_optimizer.state.values() if "step" in state]
+        counts = {int(count) for count in torch.stack(steps).tolist()} if steps else {0}  # a GPU is read once for all
+        assert len(counts) == 1, f"parameters with different step counts: {sorted(counts)}"
+        return counts.pop()
 
     def moments(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
         """AdamW's moments as "<parameter>.exp_avg" and "<parameter>.exp_avg_sq", on the CPU; a collective.

@@ -61,6 +61,8 @@ def deepspeed_config(accelerator: Accelerator, micro_batch: int, clip_grad: floa
         zero.setdefault(name, BUCKET_ELEMENTS)
     # Offloaded optimizer states are stepped by the same AdamW as everywhere, which needs no compiler.
     config["zero_force_ds_cpu_optimizer"] = False
+    # DeepSpeed's own would wait for the GPU before every forward pass and after every step.
+    config["timers"] = {"throughput": {"enabled": False}}
 
 
 class ZeroEngine(Engine):

@@ -76,7 +76,7 @@ class Views(Term):
         loss = contrastive_loss(
             rows_D,
             columns_D,
-            rows_D.new_tensor([1 / options.temperature]),
+            rows_D.new_full((1,), 1 / options.temperature),
             start=2 * rows.start,
             stop=2 * (B if rows.stop is None else rows.stop),
             config=replace(config, kind="softmax", mask_duplicates=True, label_smoothing=0.0),

@@ -101,7 +101,7 @@ def measure(bench: Bench, case: Case, features: tuple[Tensor, Tensor], rows: int
 
 def in_tiles(tile: int, image_BD: Tensor, text_BD: Tensor, rows: int) -> Tensor:
     """Duet's loss, as on the first of several ranks that all have such rows."""
-    scale = image_BD.new_tensor([SCALE])
+    scale = image_BD.new_full((1,), SCALE)
     with mock.patch.object(full.distributed, "span", lambda _: (0, rows)):
         return contrastive_loss(image_BD, text_BD, scale, config=LossConfig(tile=tile), stop=rows, collective=True)
 

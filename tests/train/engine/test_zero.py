@@ -47,6 +47,7 @@ def deepspeed_step(clip_grad):
     engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert engine.optimizer.reduce_bucket_size == BUCKET_ELEMENTS
     assert deepspeed.comm.comm.cdb.shm_comm_op is None, "an extension was compiled"
+    assert not engine.tput_timer.config.enabled, "it waits for the device before every forward pass"
     assert not engine.bfloat16_enabled() and engine.gradient_clipping() == clip_grad
     loss = engine(inputs(distributed.rank())).square().mean()
     engine.backward(loss)

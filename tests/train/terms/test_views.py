@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from tests.support.syncs import Syncs
 from tests.train.model.test_model import MEAN, STD, make_batches, small_config
 from train import cli
 from train.config import RunConfig
@@ -66,7 +67,9 @@ def test_two_views_are_contrasted_by_nt_xent():
     }
     scores = (views.flatten(0, 1) @ views.flatten(0, 1).T / 0.1).fill_diagonal_(-torch.inf)
     expected = F.cross_entropy(scores, torch.arange(12).roll(6))
-    parts = [Objective(config)(outputs, Rows(start, start + 2))[1] for start in (0, 2, 4)]
+    with Syncs() as syncs:
+        parts = [Objective(config)(outputs, Rows(start, start + 2))[1] for start in (0, 2, 4)]
+    assert not syncs.at, "a GPU would be waited for"
     torch.testing.assert_close(sum(part["loss/views"] for part in parts) / 3, expected)
     torch.testing.assert_close(parts[0]["loss/total"], parts[0]["loss"] + 2 * parts[0]["loss/views"])
 
