@@ -156,3 +156,10 @@ def test_outputs_that_do_not_fit_are_refused(change, match):
 def test_arguments_that_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         contrastive_loss(*Pair()(data()).values(), **arguments)
+
+
+@pytest.mark.parametrize(("rows", "collective"), [("tiled", False), ("local", True)])
+def test_a_ranks_own_images_are_not_enough_but_in_tiles_and_collective(rows, collective):
+    image, text, scale = Pair()(data()).values()
+    with pytest.raises(ValueError, match=r"image_BD has shape \[6, 4\] and text_BD \[12, 4\]: both must be"):
+        contrastive_loss(image[:6], text, scale, config=LossConfig(rows=rows), stop=6, collective=collective)
