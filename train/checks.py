@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import PurePath
 
 from data_pipeline.samples.text import check_captions
 from data_pipeline.samples.transforms import eval_transform, train_transform
@@ -42,8 +43,16 @@ def _0_to_1(value: float) -> bool:
 
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "data.cache_gb": (_at_least(0), "0 or more"),
+    "data.lanes": (_at_least(1), "at least 1"),
     "data.max_bad_fraction": (_0_to_1, "a share from 0 to 1"),
     "data.max_pixels": (_at_least(1), "at least 1"),
+    "data.max_tokens": (_at_least(3), "at least 3, the special tokens and one more"),
+    "data.prefetch": (_at_least(1), "micro-batches, at least 1"),
+    "data.shuffle_shards": (_at_least(1), "at least 1"),
+    "data.workers": (
+        _at_least(0),
+        "0, which loads in the training process, or more; or null for one, or as many as fit",
+    ),
     "balance.every": (_at_least(1), "the steps between measurements, at least 1"),
     "balance.smoothing": (_share, "a decay of at least 0 and below 1, such as 0.8"),
     "balance.strength": (lambda value: 0 < abs(value) <= 1, "a number between -1 and 1 that is not 0"),
@@ -70,12 +79,12 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.text.positions": (_at_least(0), "tokens, 0 for as many as the encoder comes with"),
     "model.self_supervision.mask": (_above_to_1, "a share of the words above 0 and at most 1, such as 0.15"),
     "model.embed_dim": (_at_least(1), "at least 1"),
-    "model.temperature": (_above(0), "above 0, such as 0.07"),
-    "model.max_logit_scale": (_above(1), "above 1, such as 100"),
+    "model.temperature": (_above(0), "a number above 0, such as 0.07"),
+    "model.max_logit_scale": (_above(1), "a number above 1, such as 100"),
     "optim.lr": (_at_least(0), "0 or more"),
     "optim.beta1": (_share, "a decay of at least 0 and below 1, such as 0.9"),
     "optim.beta2": (_share, "a decay of at least 0 and below 1, such as 0.98"),
-    "optim.eps": (_above(0), "above 0, such as 1e-6"),
+    "optim.eps": (_above(0), "a number above 0, such as 1e-6"),
     "optim.min_lr": (_0_to_1, "a share of the peak, from 0 to 1"),
     "optim.weight_decay": (_at_least(0), "0 or more"),
     "optim.warmup_steps": (_at_least(0), "steps, 0 is none"),
@@ -89,10 +98,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.patience": (_at_least(0), "evaluations, 0 is off"),
     "train.seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     "train.resident": (_at_least(1), "at least 1"),
-    "train.steps": (_at_least(0), "0: as many as train.epochs are"),
-    "train.epochs": (_above(0), "above 0"),
+    "train.steps": (_at_least(0), "how many, or 0 for as many as train.epochs are"),
+    "train.epochs": (_above(0), "a number above 0, such as 1.5"),
+    "train.global_batch": (_at_least(1), "at least 1"),
+    "train.micro_batch": (_at_least(1), "at least 1"),
 }
 """Field -> whether a value will do, and what to give instead."""
+NAMES = ("name", "runs_dir", "model.image.name", "model.image.weights", "model.text.name")
 
 
 def check(config: RunConfig, processes: int | None = None) -> None:
@@ -100,6 +112,7 @@ def check(config: RunConfig, processes: int | None = None) -> None:
 
     processes: how many the run has; None where that is not known yet.
     """
+    check_names(config)
     check_ranges(config)
     check_data(config)
     lanes = config.data.lanes if config.data.mode == "indexed" else 1
@@ -114,6 +127,18 @@ def check(config: RunConfig, processes: int | None = None) -> None:
     check_best(config)
     if processes is not None:
         check_resident(config, processes)
+
+
+def check_names(config: RunConfig) -> None:
+    """Raises ValueError for a field that is empty and names something that every run has, or a name that is a place."""
+    values, usual = flatten(config), flatten(RunConfig())
+    for name in NAMES:
+        if not values[name]:
+            raise ValueError(f"{name} is empty: give one, or leave it out for {usual[name]}")
+    if PurePath(config.name).is_absolute() or ".." in PurePath(config.name).parts:
+        raise ValueError(
+            f"`name` {config.name}: give what its directory in runs_dir is called, such as {usual['name']}"
+        )
 
 
 def check_ranges(config: RunConfig) -> None:

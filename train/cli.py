@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from data_pipeline.config import Source
 from data_pipeline.config_file import instantiate, read_fields
 from data_pipeline.storage.redaction import redact_urls
-from train.config import RunConfig
+from train.config import EvalTask, RunConfig
 
 EPILOG = (
     "precedence: fields on the command line override --config, wherever it is, which overrides the defaults; "
@@ -32,6 +32,7 @@ EPILOG = (
 SHORT = {"--from": ["--parent.run"], "--from-weights": ["--parent.take", "weights", "--parent.run"]}
 SHORT |= {"--step": ["--parent.step"], "--profile": ["--tracking.profile"]}
 """Options that stand for fields."""
+EXAMPLE_TASKS = '[{"name": "birds", "task": "zeroshot", "data": "data/birds"}]'
 
 
 class ConfigFile(ActionConfigFile):
@@ -87,8 +88,10 @@ def _files_first(argv: Sequence[str]) -> list[str]:
 def _in_full(argv: Sequence[str]) -> list[str]:
     """The arguments with fields for the options of SHORT."""
     full: list[str] = []
-    for argument in argv:
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = argument.partition("=")
+        if name.startswith("--from") and name in SHORT and not (value if equals else following):
+            raise ValueError(f"{name} is empty: give a run, or leave it out to start afresh")
         full += SHORT.get(name, [name])
         full[-1] += equals + value
     return full
@@ -276,9 +279,18 @@ def _explain(message: str) -> str:
         return _unknown(f"--{found[1]}.{found[2]}")
     if found := re.search(r'Parser key "([\w.]+)": Unable to load config', message):
         return _no_section(found[1], [name for name in flatten(RunConfig()) if name.startswith(f"{found[1]}.")])
+    if found := re.match(r'Parser key "eval\.tasks": (.*)', message):
+        if option := re.search(r"Option '(\w+)' is not accepted", found[1]):
+            return f"--eval.tasks: a task has no field {option[1]}, only {', '.join(f.name for f in fields(EvalTask))}"
+        wrong = re.search(r"EvalTask': Parser key \"(\w+)\": (.*)", found[1])
+        if not wrong:
+            return f"--eval.tasks: give a list such as {EXAMPLE_TASKS}"
+        message = f"--eval.tasks, {wrong[1]}: {wrong[2]}"
     message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message).replace("<class '", "").replace("'>", "")
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
     message = re.sub("Expected a (?:list|tuple)", "Expected a list [..., ...]", message)
+    for kind, words in {"int": "a whole number", "float": "a number", "bool": "true or false"}.items():
+        message = re.sub(rf"Expected a {kind}\b", f"Expected {words}", message)
     union = r"Does not validate against any of the Union subtypes .*? Errors: - (.*) Given value type: .*? Given value:"
     if found := re.search(union, message):
         expected = found[1].replace(" - ", "; or: ").replace("Expected a NoneType", "null")

@@ -43,7 +43,7 @@ class Feed:
             self.mean, self.std = normalization(data.normalize)
             return
         sources = data.train if isinstance(data.train, list) else [Source(data.train)]
-        self.manifests = [load_manifest(source.data) for source in sources]
+        self.manifests = [_training_data(source.data) for source in sources]
         weights = [source.weight for source in sources]
         how = data.lanes, config.train.seed, data.shuffle_shards
         self.order = build_order(self.manifests, weights, batch, *how)
@@ -92,6 +92,13 @@ class Feed:
         if batch == self.order.batch:
             return data_step - step
         return self.order.step_after(data_step, batch) - step if isinstance(self.order, Order) else None
+
+
+def _training_data(path: str) -> Manifest:
+    try:
+        return load_manifest(path)
+    except ValueError as error:
+        raise ValueError(f"data.train: {error}") from error
 
 
 @section("wait")

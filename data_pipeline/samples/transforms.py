@@ -148,5 +148,7 @@ def _checked(config: DataConfig) -> RGB:
         raise ValueError(f"data.eval_size is {config.eval_size}: pixels, or 0 for those of data.image_size")
     if not 0 < config.eval_crop <= 1:
         raise ValueError(f"data.eval_crop is {config.eval_crop}: a share above 0 and at most 1, such as 0.875")
+    if not all(0 <= value <= 255 for value in config.background):
+        raise ValueError(f"data.background is {list(config.background)}: red, green and blue, each from 0 to 255")
     red, green, blue = config.background
     return red, green, blue

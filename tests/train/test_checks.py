@@ -49,6 +49,10 @@ def described() -> RunConfig:
         ("balance", "strength", 0.0),
         ("balance", "strength", 1.5),
         ("balance", "max", 1.0),
+        ("data", "lanes", 0),
+        ("data", "max_tokens", 2),
+        ("data", "workers", -1),
+        ("train", "global_batch", 0),
     ],
 )
 def test_numbers_out_of_their_range_are_refused_before_anything_starts(section, name, value):
@@ -67,12 +71,15 @@ def test_every_range_is_one_of_a_field_and_holds_for_the_default():
 def change(config: RunConfig, **values: object) -> None:
     for name, value in values.items():
         *sections, field = name.split("__")
-        setattr(attrgetter(".".join(sections))(config), field, value)
+        setattr(attrgetter(".".join(sections))(config) if sections else config, field, value)
 
 
 @pytest.mark.parametrize(
     ("values", "processes", "message"),
     [
+        ({"name": ""}, None, "^name is empty: give one, or leave it out for run$"),
+        ({"name": "../x"}, None, "^`name` ../x: give what its directory in runs_dir is called"),
+        ({"data__background": (300, 0, 0)}, None, r"data.background is \[300, 0, 0\]: .* 0 to 255"),
         ({"data__train": ""}, None, "data.train is empty"),
         ({"data__mode": "stream"}, None, "train.steps 0: stream mode has no manifest"),
         ({"data__mode": "stream", "train__steps": 2, "data__train": [Source("a")]}, None, "one pattern of shards"),

@@ -28,7 +28,10 @@ def read(name: str) -> Origin:
         if "model_type" not in read_json(directory / "config.json", f"init duet:{name}"):
             raise ValueError(f"init duet:{name}: programs have no tensors by name; give the run, or an export to hf")
         return hf.read(name)
-    path = checkpoint.find(name)
+    try:
+        path = checkpoint.find(name)
+    except ValueError as error:
+        raise ValueError(f"init duet:{name}: {error}; give a run that has saved, or one of its checkpoints") from error
     if damage := checkpoint.verify(path):
         raise ValueError(f"init duet:{name}: the checkpoint {path} is damaged ({damage})")
     config, state = with_own_text(cli.load(path / "config.yaml"), path), checkpoint.load_state(path)

@@ -50,7 +50,7 @@ def open_origin(config: RunConfig) -> Origin:
     """
     kind, _, name = config.init.partition(":")
     if kind not in SOURCES or not name:
-        raise ValueError(f"init {config.init}: give {', '.join(f'{known}:...' for known in SOURCES)}")
+        raise ValueError(f"init {config.init}: give {', '.join(f'{known}:MODEL' for known in SOURCES)}")
     module, _, function = SOURCES[kind].rpartition(".")
     origin: Origin = getattr(import_module(module), function)(os.path.expanduser(name))  # noqa: PTH111
     if lines := misfits(config, origin):

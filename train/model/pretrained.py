@@ -222,7 +222,7 @@ def from_hub(load: Callable[..., Any], name: str, weights: bool = False) -> Any:
         except Exception as error:  # each file format has its own kinds of damage
             if Path(name).is_dir():
                 problem = f"model.text.name {name}: cannot be loaded from this directory: {first_line(error)}"
-                raise ValueError(problem) from error
+                raise ValueError(f"{problem}; {TEXT_REMEDY}") from error
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"model.text.name {name}: no such directory; {TEXT_REMEDY}")
         try:

@@ -72,7 +72,7 @@ def _without_gradient(model: PairModel, config: RunConfig) -> list[str]:
     """Names of parameters that learn by the configuration and that no gradient reaches."""
     learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
     try:
-        outputs = model([model.blank_micro_batch()], [0])
+        outputs = model([model.blank_micro_batch(min(config.train.micro_batch, 2))], [0])
         total = torch.stack([value.float().sum() for value in outputs.values()]).sum()
         gradients = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
     except Exception as error:  # each model has its own kinds of failure
@@ -84,13 +84,15 @@ def _culprit(model: PairModel, config: RunConfig, error: Exception) -> str:
     """Which tower it is that a blank micro-batch does not go through, and what to do."""
     image, text = f"model.image.name {config.model.image.name}", f"model.text.name {config.model.text.name}"
     why = f"{type(error).__name__}: {error}"
-    blank = model.blank_micro_batch()
+    rows = min(config.train.micro_batch, 2)
     with torch.no_grad():
         try:
-            model.encode_image(blank.images_BCHW)
+            model.encode_image(model.blank_micro_batch(rows).images_BCHW)
         except Exception:
             size = f"data.image_size {config.data.image_size}"
-            return f"{size}: such images do not go through {image} ({why}); set the size that it is made for"
+            more = "" if rows > 1 else ", or train.micro_batch 2, since its norm may need more than one image"
+            return f"{size}: such images do not go through {image} ({why}); set the size that it is made for{more}"
+        blank = model.blank_micro_batch(rows)
         try:
             model.encode_text(blank.ids_BL, blank.mask_BL)
         except Exception:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -102,7 +103,8 @@ def conflict_with(run_dir: Path, config: RunConfig) -> str:
         return ""
     before = cli.load(path)
     changed = cli.differences(before, as_recorded(config, before))
-    lines = "\n  ".join(line for line in changed if not line.startswith(BY_CONTENT))
+    shown = (line for line in changed if not line.startswith(BY_CONTENT))
+    lines = "\n  ".join(re.sub(r"^(\w+):", r"`\1`:", line) for line in shown)
     return f"name {config.name}: {run_dir} holds a run with another configuration:\n  {lines}" if lines else ""
 
 

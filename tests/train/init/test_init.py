@@ -203,7 +203,7 @@ def test_a_tensor_that_is_missing_or_a_scale_out_of_range_is_refused(trained: Ru
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("clip:x", "init clip:x: give open_clip:..., hf:..., duet:..."),
+        ("clip:x", "init clip:x: give open_clip:MODEL, hf:MODEL, duet:MODEL"),
         ("hf:", "init hf:: give open_clip"),
         ("hf:./nowhere", "init hf:./nowhere: no such directory"),
         ("duet:./nowhere", "run ./nowhere: there is no complete checkpoint"),
