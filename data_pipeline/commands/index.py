@@ -19,7 +19,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_pipeline.commands.parallel import cores, new_file, positive, run_parallel
+from data_pipeline.commands.flags import new_file, positive
+from data_pipeline.commands.parallel import run_parallel
+from data_pipeline.cores import cores
 from data_pipeline.samples.text import LINES, WHOLE
 from data_pipeline.statistics import merge_statistics, shard_statistics
 from data_pipeline.storage.files import put_in_place, take_lock

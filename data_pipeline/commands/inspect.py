@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.commands.parallel import new_file, positive
+from data_pipeline.commands.flags import new_file, positive
 from data_pipeline.config import DataConfig
 from data_pipeline.overlap import overlap
 from data_pipeline.samples.image import BadSample, decode_image

@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 from data_pipeline.commands import index as indexing
 from data_pipeline.commands.encoding import EXTENSIONS, Encoding, encode_rows
-from data_pipeline.commands.parallel import cores, interrupts_held, new_folder, positive, run_parallel
+from data_pipeline.commands.flags import new_folder, positive
+from data_pipeline.commands.parallel import interrupts_held, run_parallel
 from data_pipeline.commands.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, choose_columns, read_rows
 from data_pipeline.commands.tables import KINDS, Table, open_table
+from data_pipeline.cores import cores
 from data_pipeline.samples.image import MAX_PIXELS
 from data_pipeline.samples.text import encodable, name_bytes
 from data_pipeline.storage.files import alone_in, write_atomically
@@ -130,9 +132,9 @@ def _percent(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The command. ValueError: bad input; OSError: the disk is full; KeyboardInterrupt: says what is kept."""
-    if len(args.delimiter.replace("\\t", "\t")) > 1:
-        raise ValueError(f"--delimiter {args.delimiter!r}: give one character, or \\t for a tab")
     delimiter = args.delimiter.replace("\\t", "\t")
+    if len(delimiter) > 1:
+        raise ValueError(f"--delimiter {args.delimiter!r}: give one character, or \\t for a tab")
     table = open_table(args.input, args.split, delimiter=delimiter, caption_rule=args.captions)
     captions = [name.strip() for names in args.caption_column for name in names.split(",") if name.strip()]
     root = args.image_root.expanduser().absolute() if args.image_root else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -20,32 +18,6 @@ Result = TypeVar("Result")
 
 AHEAD = 3
 """Items that are handed out per process, so that none waits for the next one."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def positive(text: str) -> int:
-    """A flag's value: how many of something, at least one."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def new_file(text: str) -> Path:
-    """A flag's value: a file to be written."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: give a path")
-    return Path(text)
-
-
-def new_folder(text: str) -> Path:
-    """A flag's value: a directory to be written to."""
-    if new_file(text).expanduser().is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file: give a directory")
-    return Path(text)
 
 
 def run_parallel(

@@ -8,7 +8,9 @@ import sys
 
 from tqdm import tqdm
 
-from data_pipeline.commands.parallel import cores, positive, run_parallel
+from data_pipeline.commands.flags import positive
+from data_pipeline.commands.parallel import run_parallel
+from data_pipeline.cores import cores
 from data_pipeline.storage.files import measure
 from data_pipeline.storage.manifest import Shard, load_manifest
 from data_pipeline.storage.redaction import redact_urls

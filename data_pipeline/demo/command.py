@@ -13,7 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from data_pipeline.commands.parallel import new_folder
+from data_pipeline.commands.flags import new_folder
 from data_pipeline.demo.openclipart import openclipart
 from data_pipeline.demo.openmoji import openmoji
 from data_pipeline.demo.weights import image_tower, text_tower

@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.batch import Batch
+from data_pipeline.cores import cores
 from data_pipeline.stages.handover import Inbox, Outbox
 
 T = TypeVar("T")
@@ -71,8 +72,7 @@ def number_of_workers(given: int | None) -> int:
         return given
     if not torch.cuda.is_available():
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers_for(cores, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return workers_for(cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def workers_for(cores: int, processes: int) -> int:
