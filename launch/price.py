@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -315,7 +314,7 @@ def _price(options: argparse.Namespace, fields: list[str]) -> None:
     check(config)
     os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision := options.precision or usual_precision()]
     feed = Feed(config)
-    with redirect_stdout(sys.stderr):  # DeepSpeed says on stdout what it finds
+    with cli.stdout_kept():
         links = links_here() if max(options.gpus) > 1 else None
         accelerator = all_ranks_here(ENGINES.index(options.engine))
         model = build_model(config, feed.mean, feed.std, pretrained=False)

@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,20 @@ def exit_status(
             raise
         print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Sends to stderr what libraries write to stdout inside, also from C: only the result goes there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def with_flags(message: str, options: Iterable[str] = ()) -> str:

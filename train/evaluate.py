@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -92,20 +90,6 @@ def described(options: argparse.Namespace, config: RunConfig) -> EvalTask:
     return replace(given, **{name: value for name, value in own.items() if value is not None})
 
 
-@contextmanager
-def stdout_kept() -> Iterator[None]:
-    """Sends to stderr what libraries write to stdout inside, also from C: only the result goes there."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options that all tasks share, and those that each row of TASKS reads."""
     parser = argparse.ArgumentParser(
@@ -162,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    with stdout_kept():
+    with cli.stdout_kept():
         found = run_task(options)
         page = show(found, options) if found.curves and is_main() else None
     if not is_main():

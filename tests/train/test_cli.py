@@ -1,5 +1,6 @@
 """Config <-> YAML <-> command line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,13 @@ def test_a_command_ends_with_what_it_returns_and_a_mistake_with_2(monkeypatch, c
     monkeypatch.setenv("DUET_DEBUG", "1")
     with pytest.raises(ValueError, match="top 0"):
         cli.exit_status(lambda: fails(ValueError("top 0: give 1")))
+
+
+def test_stdout_has_the_result_alone(capfd) -> None:
+    with cli.stdout_kept():
+        os.write(1, b"from a library\n")
+    os.write(1, b"{}\n")
+    assert capfd.readouterr() == ("{}\n", "from a library\n")
 
 
 def test_null_is_taken_where_the_field_has_a_meaning_for_it(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tests.support.tars import write_shards
 from tests.train.evaluation.test_retrieval import reference, without_chance
 from train import distributed
 from train.config import EvalTask, RunConfig
-from train.evaluate import stdout_kept
 from train.evaluation import build_task
 from train.evaluation.encode import Encoder, Features
 from train.evaluation.retrieval import Retrieval
@@ -213,13 +212,6 @@ def test_the_table_shows_both_directions_beside_chance(config, data):
     assert lines[1].split() == ["R@1", f"{metrics['t2i_R@1']:.1f}%", "7.7%", f"{metrics['i2t_R@1']:.1f}%", "7.7%"]
     assert lines[-1].strip() == "13 images, 25 texts"
     assert table(metrics | {"n_bad": 2.0}).endswith("13 images, 25 texts, 2 unreadable")
-
-
-def test_stdout_has_the_result_alone(capfd):
-    with stdout_kept():
-        os.write(1, b"from a library\n")
-    os.write(1, b"{}\n")
-    assert capfd.readouterr() == ("{}\n", "from a library\n")
 
 
 @pytest.mark.parametrize("captioned", [0, 5])
