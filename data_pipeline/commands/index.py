@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_pipeline.commands.flags import new_file, positive
 from data_pipeline.commands.parallel import run_parallel
 from data_pipeline.cores import cores
-from data_pipeline.samples.text import LINES, WHOLE
+from data_pipeline.samples.text import LINES, READ_AS, WHOLE
 from data_pipeline.statistics import merge_statistics, shard_statistics
 from data_pipeline.storage.files import put_in_place, take_lock
 from data_pipeline.storage.kept_index import read_hashed
@@ -122,7 +122,7 @@ def summary(manifest: Manifest) -> str:
 
 def several_lines_note(count: int, rule: str) -> str:
     """That so many samples have a text whose captions depend on `rule`."""
-    read, other = ("one caption", LINES) if rule == WHOLE else ("a caption for each line", WHOLE)
+    read, other = READ_AS[rule], LINES if rule == WHOLE else WHOLE
     return f"{count:,} samples have a text of several lines, read as {read} (--captions {other} reads it otherwise)"
 
 

@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.overlap import overlap
 from data_pipeline.samples.image import BadSample, decode_image
 from data_pipeline.samples.limits import MOST_BYTES
-from data_pipeline.samples.text import CAPTIONS, LINES, WHOLE, check_captions, pick_caption, split
+from data_pipeline.samples.text import CAPTIONS, READ_AS, check_captions, pick_caption, split
 from data_pipeline.storage.cache import open_store
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.redaction import redact_urls
@@ -40,7 +40,6 @@ DISTRIBUTIONS = {
 LEAKS_SHOWN = 10
 SHARES = ("min", "p5", "median", "p95", "max", "mean")
 
-READ = {WHOLE: "one caption", LINES: "a caption for each line"}
 COUNTED = {"uncaptioned": "samples have no caption", "several_lines": "samples have such a text"}
 
 Cell = tuple[Image.Image | None, str]
@@ -161,7 +160,7 @@ def describe(manifest: Manifest) -> str:
     bad, classes, repeats = known["bad"], known["classes"], known["duplicates"]
     lines.append(f"bad        {bad['count']:,}")
     lines += [f"           {number:,}: {cause}" for cause, number in bad["causes"].items()]
-    lines.append(f"captions   a text of several lines is read as {READ[manifest.captions]}")
+    lines.append(f"captions   a text of several lines is read as {READ_AS[manifest.captions]}")
     lines += [f"           {known[name]:,} {what}" for name, what in COUNTED.items() if known.get(name)]
     lines += [f"left out   {redact_urls(shard['cause'])}" for shard in known.get("left_out", ())]
     lines.append(f"repeated   {repeats['image']:,} images, {repeats['caption']:,} captions")

@@ -16,6 +16,8 @@ CAPTIONS = "__captions__"
 """Key of a raw sample: how its data set's manifest says that a text of several lines is read; without it, WHOLE."""
 WHOLE, LINES = "whole", "lines"
 """One caption each, or every line a caption of its own (as CLIP_benchmark writes retrieval sets)."""
+READ_AS = {WHOLE: "one caption", LINES: "a caption for each line"}
+"""In words."""
 _LISTED = re.compile(rb'"captions"|"caption"\s*:\s*\[')
 
 
