@@ -1,4 +1,4 @@
-"""Small real data sets for the tests of the data pipeline."""
+"""A small real data set and a tokenizer for the tests of the data pipeline."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from data_pipeline.tokenizer import Tokenizer
 from tests.support.pictures import tiny_image
 from tests.support.tars import write_shards
+from tests.support.vocabulary import write_tokenizer
 
 # No time limit per example: the machine may be busy.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
 
 
 @pytest.fixture

@@ -15,12 +15,6 @@ from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.storage.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.loading import SIZES, damaged, settings
-from tests.support.vocabulary import write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
 
 
 @pytest.fixture

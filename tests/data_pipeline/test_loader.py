@@ -28,14 +28,8 @@ from data_pipeline.tokenizer import Tokenizer
 from tests.support.loading import BATCH, LANES, MICRO, SEED, SIZES, STEPS, assert_equal, damaged, settings
 from tests.support.pictures import tiny_image
 from tests.support.tars import write_shards
-from tests.support.vocabulary import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
 
 
 @pytest.fixture

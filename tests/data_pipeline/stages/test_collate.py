@@ -12,15 +12,9 @@ from data_pipeline.samples.masking import UNMASKED, Masking
 from data_pipeline.storage.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.loading import BATCH, LANES, MICRO, SEED, SIZES, assert_equal, settings
-from tests.support.vocabulary import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 BOTH = Extras(second_view=True, mask=0.4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
 
 
 def load(manifest: Manifest, tokenizer: Tokenizer, workers: int = 0, **options: object) -> list[MicroBatch]:

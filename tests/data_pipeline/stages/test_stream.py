@@ -13,12 +13,6 @@ from data_pipeline.storage.shards import ShardWriter
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.loading import BATCH, MICRO, SEED, STEPS, damaged, settings
 from tests.support.pictures import tiny_image
-from tests.support.vocabulary import write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))), 24)
 
 
 def stream(pattern: object, tokenizer: Tokenizer, workers: int = 0, **options: object) -> Iterator[MicroBatch]:
