@@ -25,11 +25,10 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two samples with the same picture, by number and key."""
+    """A sample, by number and key, and the key of another one with the same picture."""
 
     sample: int
     key: str
-    of_sample: int
     of_key: str
     cosine: float
 
@@ -113,7 +112,7 @@ def _verified(queries: Index, among: Index, proposed: Iterator[tuple[int, np.nda
         distances = [left[sample].distance(right[other]) for other, _ in there]
         if (least := min(distances)) < math.inf:
             other, score = there[distances.index(least)]
-            found.append(Duplicate(int(sample), query_keys[sample], other, among_keys[other], round(score, 4)))
+            found.append(Duplicate(int(sample), query_keys[sample], among_keys[other], round(score, 4)))
     return found
 
 

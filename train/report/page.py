@@ -136,8 +136,7 @@ def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def evaluation_facts(history: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
     """What evaluating has cost beside training."""
-    names = ("eval_seconds",)
-    costs = [value for record in history for name, value in record.items() if name.rpartition("/")[2] in names]
+    costs = [value for record in history for name, value in record.items() if name.endswith("/eval_seconds")]
     return [("Time in evaluation", f"{sum(costs):.0f} s, {len(costs)} evaluations")] if costs else []
 
 

@@ -35,7 +35,7 @@ def draw_plots(
     tasks: Mapping[str, Sequence[str]],
     chance_loss: float | None,
     directory: Path,
-) -> list[Path]:
+) -> None:
     """Write loss.png and training.png, and recall.png, tasks.png and towers.png where there is something to show.
 
     Args:
@@ -43,15 +43,14 @@ def draw_plots(
         tasks: other evaluations by name, with the metrics to draw of each.
         chance_loss: the loss of features that know nothing; None where there is no such number.
     """
-    paths = [_save(loss_plot(history, chance_loss), directory / "loss.png")]
-    paths.append(_save(training_plot(history), directory / "training.png"))
+    _save(loss_plot(history, chance_loss), directory / "loss.png")
+    _save(training_plot(history), directory / "training.png")
     if results:
-        paths.append(_save(recall_plot(history, results), directory / "recall.png"))
+        _save(recall_plot(history, results), directory / "recall.png")
     if tasks:
-        paths.append(_save(tasks_plot(history, tasks), directory / "tasks.png"))
+        _save(tasks_plot(history, tasks), directory / "tasks.png")
     if any("alignment" in record for record in history):
-        paths.append(_save(towers_plot(history), directory / "towers.png"))
-    return paths
+        _save(towers_plot(history), directory / "towers.png")
 
 
 def loss_plot(history: History, chance_loss: float | None) -> Figure:
@@ -207,8 +206,7 @@ def style(axes: Axes, title: str, xlabel: str = "") -> Axes:
     return axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150, facecolor="white")
-    return path
