@@ -40,8 +40,9 @@ def write_inputs(source: Source, directory: Path, **more: object) -> None:
 def preprocessing() -> str:
     """Source of a module whose `load` opens image files as Duet's evaluation does."""
     source = inspect.getsource(image_module)
-    imports = "import numpy as np\nimport torch\nfrom PIL import Image\nfrom torch.nn import functional\n"
-    source = source.replace("import numpy as np\nfrom PIL import Image\n", imports)
+    numpy, torch = "import numpy as np\n", "import torch\nfrom torch.nn import functional\n"
+    assert numpy in source, "the imports that `resize` needs go beside one that is there"
+    source = source.replace(numpy, numpy + torch, 1)
     return source + "\n\n" + inspect.getsource(resize).replace(" -> Tensor", "") + PREPROCESSING
 
 
