@@ -11,7 +11,7 @@ Train on this host: ./launch/local.sh [options] --config RUN.yaml [--field value
   --engine NAME      a file of launch/accelerate/ without .yaml ($(list_engines)),
                      or the path of an accelerate config; default: auto, which is
                      bf16, with ddp where the run fits on each GPU, else with the smallest ZeRO stage that fits
-  --processes N      processes; default: one per GPU of this host
+  --processes N      processes; default: one per GPU of this host, one with a CPU engine
   --precision P      bf16 or fp32; default: what the engine's file says
   --port N           port of the rendezvous; default: a free one
   everything else    goes to \`python -m train\`, which lists its fields with --help

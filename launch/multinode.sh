@@ -13,7 +13,7 @@ Train on several hosts, by this command on each: ./launch/multinode.sh [options]
   --node_rank R      this host's number, 0 to N - 1; host 0 holds the rendezvous
   --address A        host 0's name or address, as the others reach it
   --port P           host 0's port; default 29500
-  --processes N      processes on this host, the same on all; default: one per GPU
+  --processes N      processes on this host, the same on all; default: one per GPU, one with a CPU engine
   --engine NAME      a file of launch/accelerate/ without .yaml ($(list_engines)),
                      or the path of an accelerate config; default: auto, which is
                      bf16, with ddp where the run fits on each GPU, else with the smallest ZeRO stage that fits

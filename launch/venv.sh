@@ -117,13 +117,16 @@ accelerate_precision() {
     esac
 }
 
-# processes_here COUNT: COUNT if it is one, else the number of GPUs; an error where that is none.
+# processes_here COUNT: COUNT if it is one, else one where the accelerate config that take_engine found is for CPU cores,
+# else the number of GPUs; an error where that is none.
 processes_here() {
     local count=$1
-    if [ -z "$count" ]; then
+    if [ -z "$count" ] && grep -q '^use_cpu: true' "$config"; then
+        count=1
+    elif [ -z "$count" ]; then
         count=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-        [ "$count" != 0 ] || die "this host has no GPU that torch can use: give --engine cpu --processes N to train" \
-            "on its cores, or run \`python -m launch.doctor\` to see why"
+        [ "$count" != 0 ] || die "this host has no GPU that torch can use: give --engine cpu to train on its" \
+            "cores, or run \`python -m launch.doctor\` to see why"
     fi
     is_count "$count" || die "--processes $count: expected a whole number of at least 1"
     echo "$count"
