@@ -17,14 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.samples.image import (
-    MAX_PIXELS,
-    RGB,
-    BadSample,
-    load_image,
-    open_image,
-    oriented_size,
-)
+from data_pipeline.samples.image import BadSample, load_image, open_image, oriented_size
 from data_pipeline.samples.limits import IMAGE_EXTENSIONS, MOST_BYTES
 from data_pipeline.samples.text import CAPTIONS, WHOLE, has_several_lines, split
 from data_pipeline.storage.manifest import Shard
@@ -90,16 +83,11 @@ _LEVELS = np.arange(256, dtype=np.int64)
 
 
 def shard_statistics(
-    path: str | os.PathLike[str],
-    *,
-    max_pixels: int = MAX_PIXELS,
-    background: RGB = (255, 255, 255),
-    caption_rule: str = WHOLE,
-    shard: Shard | None = None,
+    path: str | os.PathLike[str], *, caption_rule: str = WHOLE, shard: Shard | None = None
 ) -> dict[str, Any]:
     """What the samples of one local tar are like; JSON, for merge_statistics.
 
-    Pixels are counted as decoded to RGB over `background`, images reduced to a shorter side of 256 pixels at most.
+    Pixels are counted as decoded to RGB over white, images reduced to a shorter side of 256 pixels at most.
     caption_rule: how a text of several lines is read, WHOLE or LINES. shard: what a manifest says of it, which may
     select some of its samples.
     Raises ValueError for a damaged tar. Samples that cannot be used are listed under "bad", with cause, not counted.
@@ -115,9 +103,9 @@ def shard_statistics(
             unread.update(_unread(raw))
             try:
                 data, captions, label = split(raw, needs_caption=False)
-                image = open_image(data, max_pixels)
+                image = open_image(data)
                 width, height = oriented_size(image)
-                moments.update(measured(image, background))
+                moments.update(measured(image))
             except BadSample as error:
                 bad.append({"shard": Path(path).name, "key": raw["__key__"], "cause": error.cause})
                 continue
@@ -158,9 +146,9 @@ def _unread(raw: dict[str, Any]) -> list[str]:
     return [*images[1:], *dotted, *(name for name in _OTHER_TEXTS if name in raw)]
 
 
-def measured(image: Image.Image, background: RGB) -> np.ndarray:
+def measured(image: Image.Image) -> np.ndarray:
     """The pixels of an opened image that statistics count, uint8 [H, W, 3]. Raises BadSample."""
-    image = load_image(image, background=background, shrink=min(image.size) / MEASURE_SIZE)
+    image = load_image(image, shrink=min(image.size) / MEASURE_SIZE)
     shorter = min(image.size)
     if shorter > MEASURE_SIZE:
         size = (round(image.width * MEASURE_SIZE / shorter), round(image.height * MEASURE_SIZE / shorter))

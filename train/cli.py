@@ -45,11 +45,11 @@ class ConfigFile(ActionConfigFile):
 
 
 @functools.cache
-def make_parser(prog: str = "python -m train") -> ArgumentParser:
+def make_parser() -> ArgumentParser:
     """A parser with one option per field of RunConfig, `--config FILE` and `--print_config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Prefixes as abbreviations would let a typing error select another field.
-    parser = ArgumentParser(prog=prog, epilog=EPILOG, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m train", epilog=EPILOG, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the fields below")
     parser.add_class_arguments(RunConfig, None)
     return parser

@@ -165,7 +165,7 @@ def _identified(table: Table, columns: Columns) -> Iterator[tuple[int, bytes | N
     """Of each record: its number, what tells its sample from others (None: nothing does), its captions."""
     if table.key is None:
         for number, (record, cause) in enumerate(table.read(0, columns.names)):
-            row = _row(table, columns, number, record, cause)
+            row = _row(columns, number, record, cause)
             if isinstance(row.image, bytes):
                 return  # embedded images would have to be read all
             yield number, _identity(row, columns), row.captions
@@ -181,7 +181,7 @@ def _identity(row: Row, columns: Columns) -> bytes | None:
 def _neighbours_joined(table: Table, columns: Columns, start: int) -> Iterator[Row]:
     pending: Row | None = None
     for number, (record, cause) in enumerate(table.read(start, columns.names), start):
-        row = _row(table, columns, number, record, cause)
+        row = _row(columns, number, record, cause)
         if pending and _same_sample(pending, row, columns):
             captions = tuple(dict.fromkeys(pending.captions + row.captions))
             several = pending.several_lines or row.several_lines
@@ -217,7 +217,7 @@ def _checked(row: Row, columns: Columns, seen: set[str]) -> Row:
     return row if cause == row.cause else replace(row, cause=cause)
 
 
-def _row(table: Table, columns: Columns, number: int, record: dict[str, Any], cause: str) -> Row:
+def _row(columns: Columns, number: int, record: dict[str, Any], cause: str) -> Row:
     image: Path | bytes | None = None
     captions: tuple[str, ...] = ()
     cls: str | None = None

@@ -30,6 +30,8 @@ SHAPE_LIMIT = 1.08
 """The largest ratio of two copies' width to height: one of 20 pixels may have lost one of them to rounding."""
 SHRINK_TO = 8 * SIDE
 """A JPEG is decoded at a reduced scale, which is coarse, down to this shorter side in pixels alone."""
+THREADS = 8
+"""That decode at once: Pillow does so without Python's lock."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def signature(data: bytes) -> Signature:
     return Signature(np.asarray(seen.resize((SIDE, SIDE), Image.Resampling.BILINEAR)), width / height)
 
 
-def signatures(given: Input, samples: Iterable[int], threads: int = 8) -> dict[int, Signature]:
+def signatures(given: Input, samples: Iterable[int]) -> dict[int, Signature]:
     """Of these samples, by number; one that cannot be read is left out."""
     raw = given.opener(DataConfig())
 
@@ -71,7 +73,7 @@ def signatures(given: Input, samples: Iterable[int], threads: int = 8) -> dict[i
 
     found: dict[int, Signature] = {}
     waiting = ((sample, raw(sample)) for sample in samples)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         while group := list(islice(waiting, 256)):  # not all at once: they are whole image files
             found |= {sample: made for sample, made in pool.map(one, group) if made is not None}
     return found

@@ -63,7 +63,7 @@ def read(name: str) -> Origin:
     origin.fields["model.text.name"] = (where,)
     if has_tokenizer(directory):
         origin.fields["model.text.tokenizer"] = (where,)
-    origin.inputs |= _inputs(directory, config, given)
+    origin.inputs |= _inputs(directory, given)
     return origin
 
 
@@ -176,7 +176,7 @@ def _timm(kind: str, vision: Any) -> Sequence[str]:
     return timm_models(kind, *shape, size=vision.image_size, activation=vision.hidden_act)
 
 
-def _inputs(directory: Path, config: Any, given: str) -> dict[str, Any]:
+def _inputs(directory: Path, given: str) -> dict[str, Any]:
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         return {}
