@@ -15,8 +15,8 @@ from data_pipeline.order import Position, sequential
 from data_pipeline.samples.limits import IMAGE_EXTENSIONS
 from data_pipeline.samples.text import WHOLE
 from data_pipeline.stages.readers import RawReader, Readers
-from data_pipeline.storage.files import files_below, measure, read_file, sha256_of
-from data_pipeline.storage.kept_index import read_index
+from data_pipeline.storage.files import files_below, read_file, sha256_of
+from data_pipeline.storage.kept_index import read_hashed
 from data_pipeline.storage.manifest import FILE_NAME, Manifest, Shard, load_manifest
 from data_pipeline.storage.remote import expand, is_remote
 
@@ -182,6 +182,5 @@ def _manifest_of(given: str) -> Manifest:
 
 
 def _measured(url: str) -> Shard:
-    with open(url, "rb") as file:
-        size, digest = measure(file)
-    return Shard(url, len(read_index(url)), size, digest)
+    entries, digest = read_hashed(url)
+    return Shard(url, len(entries), Path(url).stat().st_size, digest)
