@@ -42,6 +42,7 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
+if [ "$port" != 0 ] && ! is_count "$port"; then die "--port $port: expected the number of a free port"; fi
 take_engine "$engine"
 find_python
 processes=$(processes_here "$processes") || exit 2

@@ -89,7 +89,7 @@ def _files_first(argv: Sequence[str]) -> list[str]:
 def _in_full(argv: Sequence[str]) -> list[str]:
     """The arguments with fields for the options of SHORT."""
     full: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         name, equals, value = argument.partition("=")
         if name.startswith("--from") and name in SHORT and not (value if equals else following):
             raise ValueError(f"{name} is empty: give a run, or leave it out to start afresh")

@@ -52,6 +52,7 @@ def test_threads_are_the_share_of_the_cores():
     assert (
         bash("source launch/venv.sh && share_cores 1000 && echo $OMP_NUM_THREADS", OMP_NUM_THREADS="").stdout == "1\n"
     )
+    assert bash("source launch/venv.sh && take_engine cpu && processes_here ''").stdout == "1\n", "with or without GPUs"
     assert bash("source launch/venv.sh && share_cores 1 && echo $OMP_NUM_THREADS", OMP_NUM_THREADS="3").stdout == "3\n"
 
 
@@ -65,6 +66,7 @@ def test_help(script):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("./launch/local.sh --port x", "--port x: expected the number of a free port"),
         ("./launch/quickstart.sh --processes two", "--processes two: expected a whole number"),
         ("./launch/quickstart.sh --precision fp16", "--precision fp16: expected bf16 or fp32"),
         ("./launch/local.sh --engine none", "launch/accelerate has: cpu cpu_zero2"),

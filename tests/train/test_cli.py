@@ -98,6 +98,7 @@ def test_messages_hold_no_signature() -> None:
     ],
 )
 def test_a_mistake_names_the_field_and_the_remedy(arguments: list[str], message: str) -> None:
+    assert cli.parse([]) == RunConfig()
     with pytest.raises(ValueError) as error:
         cli.parse(arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
