@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from launch import checks, inputs
+from launch import host_checks, run_checks
 from launch.findings import Finding, as_json, fail, table, worst
 from train import cli, distributed
 from train.engine.start import start
@@ -65,18 +65,18 @@ def _examine_all(run: list[str], json_asked: bool) -> int:
     config = cli.parse(run)
     start()
     findings = [
-        *examine("versions", checks.versions),
-        *examine("devices", checks.devices),
-        *examine("configuration", lambda: inputs.configuration(config)),
-        *examine("memory plan", lambda: checks.memory(config)),
-        *examine("collectives", checks.collectives),
-        *examine("clock skew", checks.clocks),
-        *examine("runs directory", lambda: checks.shared_files(config)),
-        *examine("host", lambda: checks.host(config)),
-        *examine("pretrained weights", lambda: inputs.weights(config)),
-        *examine("data", lambda: inputs.data(config)),
-        *examine("held-out data", lambda: inputs.held_out(config)),
-        *examine("W&B", lambda: inputs.wandb(config)),
+        *examine("versions", host_checks.versions),
+        *examine("devices", host_checks.devices),
+        *examine("configuration", lambda: run_checks.configuration(config)),
+        *examine("memory plan", lambda: host_checks.memory(config)),
+        *examine("collectives", host_checks.collectives),
+        *examine("clock skew", host_checks.clocks),
+        *examine("runs directory", lambda: host_checks.shared_files(config)),
+        *examine("host", lambda: host_checks.host(config)),
+        *examine("pretrained weights", lambda: run_checks.weights(config)),
+        *examine("data", lambda: run_checks.data(config)),
+        *examine("held-out data", lambda: run_checks.held_out(config)),
+        *examine("W&B", lambda: run_checks.wandb(config)),
     ]
     if distributed.is_main():
         print(json.dumps(as_json(findings), indent=2) if json_asked else table(findings), flush=True)

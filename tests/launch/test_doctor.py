@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.config import Source
 from data_pipeline.stages.handover import piece_bytes
-from launch import checks, inputs
+from launch import host_checks, run_checks
 from launch.doctor import main, worst_of_ranks
 from launch.findings import Finding, fail, ok, table, warn, worst
 from tests.support.server import serve
@@ -91,7 +91,10 @@ def test_what_fails_has_a_remedy_and_an_exit_status(tmp_path, bert, capsys):
 
 
 def test_without_a_run_nothing_is_fetched():
-    assert [found.status for found in (*inputs.weights(RunConfig()), *inputs.data(RunConfig()))] == ["warn", "warn"]
+    assert [found.status for found in (*run_checks.weights(RunConfig()), *run_checks.data(RunConfig()))] == [
+        "warn",
+        "warn",
+    ]
 
 
 def test_worst_and_table():
@@ -178,7 +181,7 @@ def test_a_tower_that_never_learns_needs_its_weights_alone(bert):
 def test_bad_samples_are_counted(tmp_path, broken, status):
     config = RunConfig()
     config.data.train, config.data.image_size = str(write_data(tmp_path / "data", (110,), bad=broken)), 32
-    (found,) = inputs.data(config)
+    (found,) = run_checks.data(config)
     assert found.status == status
     assert (f"{len(broken)} of 110 tried are bad, such as " in found.measured) == bool(broken)
 
@@ -186,7 +189,7 @@ def test_bad_samples_are_counted(tmp_path, broken, status):
 def test_what_drops_held_out_images_from_the_training_data_is_a_command(tmp_path):
     config = RunConfig()
     config.data.train = config.data.val = str(write_data(tmp_path / "data", (8,)))
-    (found,) = inputs.held_out(config)
+    (found,) = run_checks.held_out(config)
     assert found.status == "warn" and "8 of the 8 images of val are training images, too" in found.measured
     command = found.remedy.removeprefix("python -m train.curate ").removesuffix(" leaves them out")
     options = curate.make_parser().parse_args(command.split())
@@ -200,7 +203,7 @@ def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monk
     monkeypatch.chdir(tmp_path / "here")
     with serve(shards) as server:
         config.data.train = [Source(str(shards), 1.0), Source(f"{server.url}/manifest.json", 1.0)]
-        found, cache = inputs.data(config)
+        found, cache = run_checks.data(config)
     assert found.status == "ok" and "12 samples in 4 shards" in found.measured and "MB/s" in found.measured
     assert cache.status == "ok" and str(tmp_path / "cache") in cache.measured
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
@@ -208,22 +211,22 @@ def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monk
     config.data.cache_dir = ""
     with serve(shards) as server:
         config.data.train = f"{server.url}/manifest.json"
-        inputs.data(config)
+        run_checks.data(config)
     assert list((tmp_path / "home/.cache/duet").glob("*.tar")) and not list((tmp_path / "here").iterdir())
     config.data.train = [Source(str(shards), 1.0), Source("/nowhere", 1.0)]
     with pytest.raises(ValueError, match="/nowhere"):
-        inputs.data(config)
+        run_checks.data(config)
 
 
 def test_a_stream_needs_no_manifest(tmp_path):
     config = RunConfig()
     config.data.mode, config.data.train = "stream", f"{write_data(tmp_path / 'data', (2, 2))}/*.tar"
     config.train.steps = 1
-    (found,) = inputs.data(config)
+    (found,) = run_checks.data(config)
     assert found.status == "ok" and "2 shards, read as a stream" in found.measured
     with serve(tmp_path / "data") as server:
         config.data.train = f"{server.url}/gone-{{0..1}}.tar"
-        (found,) = inputs.data(config)
+        (found,) = run_checks.data(config)
     assert found.status == "fail" and "gone-0.tar is not there" in found.measured
 
 
@@ -235,14 +238,14 @@ def test_the_key_that_wandb_login_writes_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with serve(tmp_path) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        (found,) = inputs.wandb(RunConfig())
+        (found,) = run_checks.wandb(RunConfig())
         assert found.status == "warn" and "wandb login" in found.remedy
         host = server.url.removeprefix("http://")
         (tmp_path / "netrc").write_text(f"machine {host}\n login user\n password {'0' * 40}\n")
-        (found,) = inputs.wandb(RunConfig())
+        (found,) = run_checks.wandb(RunConfig())
     assert found.status == "ok" and server.url in found.measured
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    assert inputs.wandb(RunConfig())[0].measured == "offline, as asked"
+    assert run_checks.wandb(RunConfig())[0].measured == "offline, as asked"
 
 
 def test_what_one_rank_alone_finds_names_its_host():
@@ -269,7 +272,7 @@ def test_the_tiled_loss_needs_a_small_part_of_the_full_one():
 
 
 def test_gpu_and_driver_are_reported_here():
-    found = checks.devices()[0]
+    found = host_checks.devices()[0]
     assert found.status == ("ok" if torch.cuda.is_available() else "warn")
 
 
@@ -286,5 +289,5 @@ def test_shared_memory_holds_all_that_the_loaders_prepare(monkeypatch):
     assert memory.loader_bytes(config, world=8, local=8) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     config.data.workers, config.data.prefetch = 64, 400
-    found = checks.host(config)[-1]
+    found = host_checks.host(config)[-1]
     assert found.status == "warn" and "loaders of 64 rank(s)" in found.measured and "--shm-size" in found.remedy
