@@ -27,6 +27,7 @@ from train.evaluation.suite import NO_HELD_OUT
 from train.report.confusion import confusion_table
 from train.report.exhibit import Exhibit
 from train.report.explore import explore
+from train.report.frame import framed
 from train.report.plots import DIRECTIONS, draw_plots
 from train.run.records import read_history
 from train.timing import PARTS
@@ -35,7 +36,7 @@ DIRECTORY = "report"
 ATTRIBUTION = "ATTRIBUTION.md"
 MOST_ATTRIBUTION = 10_000
 """Letters of it on the page."""
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).parent / "page.js"
 SHARPNESS = 1.5
 """Pixels of a plot for each pixel of the page."""
 # Section titles, pictures and what to say under each.
@@ -97,9 +98,8 @@ def write_report(
     drawn = {name: [metric for metric in scores[name] if scores[name][metric] is max] for name in scores}
     draw_plots(history, metrics, drawn, chance_loss, directory)
     facts = [*config_facts(config), *result_facts(results), *evaluation_facts(history), *speed_facts(history)]
-    page = PAGE.substitute(
+    body = BODY.substitute(
         name=escape(config.name),
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
         cards=_cards(metrics, bool(tasks)) + (f"<p class=note>{escape(note)}</p>" if note else ""),
         exhibit=shown,
         confusions=_confusions(exhibit, tasks),
@@ -108,9 +108,9 @@ def write_report(
         sources=_sources(exhibit),
         facts="".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in facts),
         yaml=escape(cli.to_yaml(config)),
-        script=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>" if shown else "",
     )
-    write_atomically(directory / "index.html", page)
+    script = f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>" if shown else ""
+    write_atomically(directory / "index.html", framed(config.name, body, script=script))
     return directory / "index.html"
 
 
@@ -291,13 +291,8 @@ is taken away first, so the gap between them is not shown. Point at one to see t
 DIALOG = """<dialog id="image"><div id="one"></div>
 <form method="dialog"><button class="close">Close</button></form></dialog>
 """
-PAGE = Template(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$name - Duet</title>
-<style>
-$style</style></head><body><main>
-<h1>$name</h1><p>Image-text training with Duet</p>
+BODY = Template(
+    """<h1>$name</h1><p>Image-text training with Duet</p>
 $cards
 $exhibit
 $confusions
@@ -306,6 +301,5 @@ $numbers
 $sources
 <section><h2>The run</h2><table>$facts</table>
 <details><summary>Full configuration</summary><pre>$yaml</pre></details></section>
-</main>$script</body></html>
 """
 )

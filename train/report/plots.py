@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,14 +43,14 @@ def draw_plots(
         tasks: other evaluations by name, with the metrics to draw of each.
         chance_loss: the loss of features that know nothing; None where there is no such number.
     """
-    _save(loss_plot(history, chance_loss), directory / "loss.png")
-    _save(training_plot(history), directory / "training.png")
+    save(loss_plot(history, chance_loss), directory / "loss.png")
+    save(training_plot(history), directory / "training.png")
     if results:
-        _save(recall_plot(history, results), directory / "recall.png")
+        save(recall_plot(history, results), directory / "recall.png")
     if tasks:
-        _save(tasks_plot(history, tasks), directory / "tasks.png")
+        save(tasks_plot(history, tasks), directory / "tasks.png")
     if any("alignment" in record for record in history):
-        _save(towers_plot(history), directory / "towers.png")
+        save(towers_plot(history), directory / "towers.png")
 
 
 def loss_plot(history: History, chance_loss: float | None) -> Figure:
@@ -112,18 +112,13 @@ def _recall_bars(axes: Axes, results: dict[str, float]) -> None:
 
 def tasks_plot(history: History, tasks: Mapping[str, Sequence[str]]) -> Figure:
     """Every evaluation but that of `data.val` over the steps, each in axes of its own."""
-    columns = min(2, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(5.5 * columns, 3.0 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (name, metrics) in zip(grid, tasks.items(), strict=False):
+    figure, places = grid(len(tasks), 2, 5.5, 3.0)
+    for axes, (name, metrics) in zip(places, tasks.items(), strict=True):
         style(axes, name, "step")
         for metric, color in zip(metrics, (IMAGE, TEXT, TEMPERATURE, NORM, MUTED, INK) * len(metrics), strict=False):
             axes.plot(*series(history, f"{name}/{metric}"), color=color, marker="o", markersize=3, label=metric)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.legend(frameon=False, fontsize=9)
-    for axes in grid[len(tasks) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -195,6 +190,17 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[center + reach + 1] - total[center - reach]) / (2 * reach + 1)
 
 
+def grid(count: int, most: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, at most `most` in a row, of so many inches each."""
+    columns = min(most, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows))
+    places = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes in places[count:]:
+        axes.set_visible(False)
+    return figure, places[:count]
+
+
 def style(axes: Axes, title: str, xlabel: str = "") -> Axes:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(xlabel, color=MUTED)
@@ -206,7 +212,8 @@ def style(axes: Axes, title: str, xlabel: str = "") -> Axes:
     return axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, to: Path | BinaryIO) -> None:
+    """As a PNG."""
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(to, dpi=150, facecolor="white")

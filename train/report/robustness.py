@@ -9,12 +9,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data_pipeline.storage.files import write_atomically
-from train.report.page import DIRECTORY, HERE
-from train.report.plots import IMAGE, NORM, TEMPERATURE, TEXT, style
+from train.report.frame import framed
+from train.report.page import DIRECTORY
+from train.report.plots import IMAGE, NORM, TEMPERATURE, TEXT, grid, save, style
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 
@@ -31,38 +31,31 @@ def write_robustness(
     """
     picture = io.BytesIO()
     figure = robustness_plot(kept, clean, curves)
-    FigureCanvasAgg(figure)
-    figure.savefig(picture, dpi=150, facecolor="white")
+    save(figure, picture)
     path = run_dir / DIRECTORY / f"robustness-{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = PAGE.substitute(
+    body = BODY.substitute(
         name=escape(name),
         words=escape(words),
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
         wide=round(100 * figure.get_figwidth()),
         plot=base64.b64encode(picture.getvalue()).decode(),
         rows="".join(_rows(kept, clean, curves)),
         heads="".join(f"<th>{escape(metric)}</th>" for metric in kept),
     )
-    write_atomically(path, page)
+    write_atomically(path, framed(f"{name}, corrupted", body))
     return path
 
 
 def robustness_plot(kept: Sequence[str], clean: Mapping[str, float], curves: Curves) -> Figure:
     """One plot for each metric, over the severity; 0 is without corruption."""
-    columns = min(3, len(kept))
-    rows = -(-len(kept) // columns)
-    figure = Figure(figsize=(3.9 * columns, 3.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, metric in zip(grid, kept, strict=False):
+    figure, places = grid(len(kept), 3, 3.9, 3.2)
+    for axes, metric in zip(places, kept, strict=True):
         style(axes, metric, "severity")
         for (corruption, found), color in zip(curves.items(), (TEMPERATURE, TEXT, IMAGE, NORM) * 2, strict=False):
             values = [clean[metric], *(one[metric] for one in found)]
             axes.plot(range(len(values)), values, color=color, marker="o", markersize=3.5, label=corruption)
         axes.set_ylim(bottom=0)
-    grid[0].legend(frameon=False, fontsize=9)
-    for axes in grid[len(kept) :]:
-        axes.set_visible(False)
+    places[0].legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -73,19 +66,14 @@ def _rows(kept: Sequence[str], clean: Mapping[str, float], curves: Curves) -> li
     return [f"<tr><th>{escape(name)}</th>{line}</tr>" for name, line in cells]
 
 
-PAGE = Template(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$name, corrupted - Duet</title>
-<style>
-$style</style></head><body><main>
-<h1>$name, corrupted</h1><p>$words</p>
+BODY = Template(
+    """<h1>$name, corrupted</h1><p>$words</p>
 <section><h2>As images get worse</h2><p>Gaussian noise and blur, JPEG and loss of colour, each in five severities; at 0
 the images are as they are.</p>
 <div class="scroll">
 <img class="plot" style="--wide: ${wide}px" src="data:image/png;base64,$plot" alt="Metrics over the severity">
 </div></section>
 <section><h2>Numbers</h2><div class="scroll"><table>
-<tr><th>corruption, severity</th>$heads</tr>$rows</table></div></section></main></body></html>
+<tr><th>corruption, severity</th>$heads</tr>$rows</table></div></section>
 """
 )

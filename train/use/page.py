@@ -15,6 +15,7 @@ from data_pipeline.embeddings.inputs import Input, TextInput, open_input
 from data_pipeline.samples.image import BadSample, decode_square
 from data_pipeline.samples.text import split
 from data_pipeline.storage.files import read_file, write_atomically
+from train.report.frame import framed
 from train.report.plots import INK, LINE, MUTED
 from train.use.find import Answer, Hit, is_image
 
@@ -31,10 +32,10 @@ def write_page(path: Path, index: Index, answers: Sequence[Answer], how: str) ->
     pictures = Samples(open_input(index.about["input"]))
     sections = "".join(_section(answer, pictures) for answer in answers)
     facts = f"{index.directory}, {index.about['model']['path']}, {how}"
-    content = PAGE.substitute(title=escape(answers[0].query), facts=escape(facts), sections=sections, **COLOURS)
+    page = framed(answers[0].query, f"{sections}<p>{escape(facts)}</p>", STYLE.substitute(COLOURS))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        write_atomically(path, page)
     except OSError as error:
         raise ValueError(f"page {path} cannot be written: {error}") from error
 
@@ -75,12 +76,8 @@ def _card(hit: Hit, pictures: Samples) -> str:
 
 
 COLOURS = {"ink": INK, "muted": MUTED, "line": LINE, "panel": "#f7f9fb", "paper": "#ffffff"}
-PAGE = Template(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title - Duet</title>
-<style>
-body { margin: 0; background: $panel; color: $ink; font: 16px/1.45 system-ui, "Segoe UI", Roboto, sans-serif; }
+STYLE = Template(
+    """body { margin: 0; background: $panel; color: $ink; font: 16px/1.45 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 60px; }
 h2 { font-size: 24px; margin: 0 0 14px; overflow-wrap: anywhere; }
 p, small { color: $muted; overflow-wrap: anywhere; } small { display: block; font-size: 12px; }
@@ -89,6 +86,5 @@ section { margin: 0 0 36px; }
 figure { margin: 0; background: $paper; border: 1px solid $line; border-radius: 12px; overflow: hidden; }
 img, .blank { display: block; width: 100%; aspect-ratio: 1; } section > img { width: 180px; margin-bottom: 14px; }
 figcaption { padding: 10px 12px; font-size: 14px; } b { color: #0b8457; }
-</style></head><body><main>$sections<p>$facts</p></main></body></html>
 """
 )
