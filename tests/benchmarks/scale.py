@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -223,11 +223,8 @@ def opening_of(samples: int) -> dict[str, Any]:
 
 
 def memory_mb() -> float:
-    """What the process holds now, where the system says so, else the most that it has held."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """What the process holds now."""
+    return psutil.Process().memory_info().rss / 1e6
 
 
 if __name__ == "__main__":
