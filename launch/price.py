@@ -9,7 +9,7 @@
 
 It measures, with the run's own model, data and functions, steps of a few micro-batches, the loss, the loader and the
 collectives of two processes, and adds them up. Of the exchange nothing is taken to hide behind the computation, and
-every link to be like those here; evaluation and checkpoints are left out.
+every link to be like those here; evaluation and checkpoints are left out, and train.resident null counts as 1.
 """
 
 from __future__ import annotations
