@@ -59,7 +59,7 @@ def _embed(options: argparse.Namespace) -> None:
     accelerator = start()
     towers = load_towers(options.model, options.step, precision=options.precision, device=accelerator.device)
     if made := embed(towers, given, Path(options.out), batch=options.batch, workers=options.workers):
-        print(made)
+        print(made, *([given.note] if given.note else []), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.order import Position, sequential
-from data_pipeline.samples.limits import IMAGE_EXTENSIONS
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS, OTHER_IMAGES
 from data_pipeline.samples.text import WHOLE
 from data_pipeline.stages.readers import RawReader, Readers
 from data_pipeline.storage.files import files_below, read_file, sha256_of
@@ -24,12 +24,13 @@ from data_pipeline.storage.remote import expand, is_remote
 class Input(ABC):
     """Something to embed.
 
-    path: absolute, or a remote url. identity: a hash of what it holds. samples: how many.
+    path: absolute, or a remote url. identity: a hash of what it holds. samples: how many. note: what of it is left out.
     """
 
     path: str
     identity: str
     samples: int
+    note: str = ""
 
     @abstractmethod
     def kind(self) -> str:
@@ -82,7 +83,13 @@ class FolderInput(Input):
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
-        files = sorted(path for path in files_below(self.folder) if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        below = sorted(files_below(self.folder))
+        files = [path for path in below if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+        if others := [path for path in below if path.suffix[1:].lower() in OTHER_IMAGES]:
+            self.note = (
+                f"{len(others):,} images are left out, such as {others[0]}: rename or convert them to "
+                f"{', '.join(IMAGE_EXTENSIONS)}"
+            )
         if not files:
             raise ValueError(
                 f"INPUT {folder}: neither {FILE_NAME}, nor tars, nor images ({', '.join(IMAGE_EXTENSIONS)})"
@@ -142,6 +149,8 @@ def find_input(given: str) -> Input:
     Raises:
         ValueError: there is no such thing, or nothing in it that can be embedded.
     """
+    if not given:
+        raise ValueError("INPUT is empty: give shards, a folder of images, or a .txt file with one text per line")
     path = Path(given).expanduser()
     if is_remote(given) or given.endswith((".tar", ".json")):
         return ShardInput(_manifest_of(given))

@@ -153,14 +153,16 @@ def test_killed_it_resumes(run: Path, tmp_path: Path, small_parts):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_folder_and_a_text_file(run: Path, tmp_path: Path):
+def test_a_folder_and_a_text_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "photos"
     (folder / "b").mkdir(parents=True)
     for name, colour in (("z.png", "red"), ("b/a.jpg", "blue"), ("b/c.webp", "green")):
         Image.new("RGB", (40, 30), colour).save(folder / name)
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "notes.md").write_text("not an image")
+    (folder / "b/d.GIF").write_bytes(b"GIF89a")
     assert embed_here("--model", run, "--workers", 0, folder, tmp_path / "images") == 0
+    assert f"1 images are left out, such as {folder / 'b/d.GIF'}: " in capsys.readouterr().out
     images = open_index(tmp_path / "images")
     assert images.rows("images")["key"].to_pylist() == [f"photos/{name}" for name in ("b/a.jpg", "b/c.webp", "z.png")]
     assert images.kinds == ["images"] and images.sample_N.tolist() == [0, 1, 3] and images.about["bad"] == 1
@@ -190,6 +192,7 @@ def test_tars_without_a_manifest_are_shards(run: Path, data: Path, index: Index,
         (["--model", "{other}", "{data}", "{new}"], "is in the form of open_clip: give the run, or what comes of"),
         (["--model", "{run}", "--step", "9", "{data}", "{new}"], "--step 9: .* has no such checkpoint"),
         (["--model", "{run}", "{new}/nothing", "{new}"], "no shard matches"),
+        (["--model", "{run}", "", "{new}"], "INPUT is empty: give shards"),
         (["--model", "{run}", "{empty}", "{new}"], "INPUT .*: neither manifest.json, nor tars, nor images"),
         (["--model", "{run}", "--workers", "-1", "{data}", "{new}"], "--workers -1: give 0 or more"),
         (["--model", "{run}", "{data}", "{full}"], "OUT .* is not empty, and holds no index"),
