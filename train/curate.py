@@ -50,15 +50,27 @@ def _curate(options: argparse.Namespace) -> None:
 
     from data_pipeline.embeddings.duplicates import COSINE, copies, duplicates
     from data_pipeline.embeddings.index import TEXTS, open_index
+    from data_pipeline.storage.manifest import manifest_path
     from train.use.curate import Choice, clip_scores, distribution, drop_copies, keep_best, write_choice
 
     if options.keep_best is not None and not 0 < options.keep_best <= 1:
         raise ValueError(f"--keep-best {options.keep_best}: give a share above 0 and at most 1, such as 0.3")
     cosine = COSINE if options.cosine is None else options.cosine
+    if not -1 <= cosine <= 1:
+        raise ValueError(f"--cosine {cosine}: give a cosine from -1 to 1, such as {COSINE}")
+    if options.out:
+        manifest_path(Path(options.out))
+    for flag in ("dropped", "scores"):
+        if (given := getattr(options, flag)) and Path(given).is_dir():
+            raise ValueError(f"--{flag} {given} is a directory: give a file")
     index = open_index(options.index)
     choice = Choice(np.ones(index.about["input"]["samples"], bool))
     for path in options.held_out:
-        drop_copies(choice, copies(index, open_index(path), cosine), "leak", f"copies of images of {path}")
+        try:
+            held_out = open_index(path)
+        except ValueError as error:
+            raise ValueError(f"--held-out: {error}") from error
+        drop_copies(choice, copies(index, held_out, cosine), "leak", f"copies of images of {path}")
     if options.drop_duplicates:
         drop_copies(choice, duplicates(index, cosine), "duplicate", "copies of earlier images")
     if options.keep_best is not None or options.scores or (TEXTS in index.kinds and index.about["images"]):

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.embeddings.index import IMAGES, KINDS, TEXTS, Index
 from data_pipeline.embeddings.nearest import Searcher
 from data_pipeline.samples.image import BadSample
+from data_pipeline.samples.limits import IMAGE_EXTENSIONS
 from data_pipeline.storage.files import read_file
 from train.use.towers import Towers
 
@@ -56,12 +57,14 @@ def queries(towers: Towers, given: Sequence[str]) -> np.ndarray:
     """Unit vectors float32 [Q, D]: of the image file where there is one of that name, else of the text.
 
     Raises:
-        ValueError: an image cannot be read, or a text is empty.
+        ValueError: an image cannot be read or is not there, or a text is empty.
     """
     vectors = []
     for query in given:
         if not query.strip():
             raise ValueError("QUERY is empty: give a text, or the path of an image")
+        if query.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_EXTENSIONS)) and not is_image(query):
+            raise ValueError(f"QUERY {query}: there is no such file; a text does not end like the name of an image")
         try:
             found = towers.image(read_file(Path(query))) if is_image(query) else towers.texts([query])
         except (BadSample, OSError) as error:

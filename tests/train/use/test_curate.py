@@ -118,6 +118,9 @@ def test_what_cannot_be_curated_is_refused(copied, run: Path, tmp_path: Path, ca
         (["--index", tmp_path / "texts", "--keep-best", "0.5"], "--index .* has no images"),
         (["--index", tmp_path / "texts", "--drop-duplicates"], "--index .* has no images"),
         (["--index", index.directory, "--keep-best", "1.5"], "--keep-best 1.5: give a share"),
+        (["--index", index.directory, "--cosine", "3"], "--cosine 3.0: give a cosine"),
+        (["--index", index.directory, "--held-out", tmp_path / "gone"], "--held-out: index .* there is no index.json"),
+        (["--index", index.directory, "--dropped", tmp_path], "--dropped .* is a directory"),
         (["--index", index.directory, "--held-out", tmp_path / "step1"], "embed both with the same one"),
         (["--index", tmp_path / "nowhere"], "there is no index.json in it"),
         (
