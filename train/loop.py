@@ -212,6 +212,7 @@ def finish(run: Run, found: dict[str, Evaluation]) -> int:
         "val": found[HELD_OUT].metrics if HELD_OUT in found else {},
         "tasks": tasks,
         "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else {},
+        "warnings": shared_images(run.training, run.suite),
     }
     if distributed.is_main():
         listed = replaced_rows(read_records(run.directory / LEDGER))
@@ -263,7 +264,7 @@ def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, c
     normalized = f"images are normalized by data.normalize {config.data.normalize}: mean {mean}, std {std}"
     for line in [*filter(None, [why]), normalized, *start.lines, *notes, *hints(config, feed.steps)]:
         tracker.message(line)
-    for line in [] if start.resumes else shared_images(feed, suite):
+    for line in [] if start.resumes else shared_images(feed.manifests, suite):
         tracker.message(line)
     tally = Tally(feed.order, config.train.global_batch, state.samples, state.step - state.first_step, state.moved_by)
     balance, best = Balance(config, state.balance), follow(config, directory, state.step)
@@ -277,12 +278,12 @@ def build(config: RunConfig, directory: Path, stop: StopRequest, watch: Watch, c
     return Run(config, directory, *parts, tracker, stop, watch, tally, speed)
 
 
-def shared_images(feed: Feed, suite: Suite) -> list[str]:
+def shared_images(training: Sequence[Manifest], suite: Suite) -> list[str]:
     """Warnings, on rank 0, where held-out images are among those of training."""
     if not distributed.is_main():
         return []
     try:
-        return overlap.warnings(feed.manifests, suite.manifests())
+        return overlap.warnings(training, suite.manifests())
     except (OSError, ValueError) as error:  # no reason for this rank to leave the others
         return [f"warning: held-out images were not looked for among the training images: {error}"]
 

@@ -76,7 +76,8 @@ def write_report(
     """Write the report of a run from its metrics.jsonl and its results; one process calls it.
 
     Args:
-        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`; `val`, `tasks`, `best` if any.
+        results: `steps`, `samples_seen`, `seconds`, `bad_samples`, `skipped_steps`; `val`, `tasks`, `best`,
+            `warnings` if any.
         exhibit: what the finished model makes of the held-out data; None for none.
 
     Returns:
@@ -86,12 +87,12 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     for old in (*directory.glob("*.png"), *directory.glob("*.webp")):
         old.unlink()
-    shown, note = "", ""
+    shown, notes = "", list(results.get("warnings", []))
     if exhibit is not None:
         try:
             shown = _exhibit(explore(exhibit, config.data, directory))
         except (OSError, ValueError) as error:
-            note = f"No pictures: {error}"
+            notes.append(f"No pictures: {error}")
     history, metrics, tasks = read_history(Path(run_dir)), results.get("val", {}), results.get("tasks", {})
     chance_loss = math.log(config.train.global_batch) if config.loss.kind == "softmax" else None
     scores = {name: find_task(one["task"]).scores for name, one in tasks.items()}
@@ -100,7 +101,7 @@ def write_report(
     facts = [*config_facts(config), *result_facts(results), *evaluation_facts(history), *speed_facts(history)]
     body = BODY.substitute(
         name=escape(config.name),
-        cards=_cards(metrics, bool(tasks)) + (f"<p class=note>{escape(note)}</p>" if note else ""),
+        cards=_cards(metrics, bool(tasks)) + "".join(f"<p class=note>{escape(line)}</p>" for line in notes),
         exhibit=shown,
         confusions=_confusions(exhibit, tasks),
         plots=_plots(directory),
@@ -117,7 +118,7 @@ def write_report(
 def config_facts(config: RunConfig) -> list[tuple[str, str]]:
     """What a reader wants to know of the configuration, in words."""
     flat = cli.flatten(config)
-    return [(label, redact_urls(str(flat[name]))) for label, name in CHOSEN]
+    return [(label, redact_urls(str(flat[name]))) for label, name in CHOSEN if flat[name] != ""]
 
 
 def result_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -260,7 +261,7 @@ def _task_numbers(name: str, metrics: dict[str, float]) -> str:
 SEARCH = Template(
     """<section id="search"><h2>Ask the model</h2>
 <p>Type, and choose one of $queries prepared texts: captions, and classes and frequent words where there are some. The
-model finds the images nearest to it; it has not been trained on the held-out ones ($held_out here).</p>
+model finds the images nearest to it, among the held-out ones ($held_out here).</p>
 <div class="ask"><input id="query" type="text" role="combobox" aria-expanded="false" aria-controls="matches"
 aria-autocomplete="list" aria-label="Text to look for" placeholder="Type a word" autocomplete="off" spellcheck="false">
 <ul id="matches" role="listbox" hidden></ul></div>
@@ -271,7 +272,7 @@ $pools
 """
 )
 GALLERIES = Template(
-    """<section><h2>Text finds image</h2><p>Each row: a text that the model has never seen and the nearest of all $total
+    """<section><h2>Text finds image</h2><p>Each row: a text of the held-out data and the nearest of all $total
 held-out images. The right one has a green frame. The texts are at even distances in the data, good and bad alike.</p>
 <div id="texts"></div></section>
 <section><h2>Image finds text</h2><p>Each card: a held-out image and the nearest of all held-out texts. Right ones are

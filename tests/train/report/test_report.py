@@ -87,7 +87,7 @@ def test_every_task_is_shown_over_time(tmp_path):
 def test_a_report_shows_plots_and_numbers(tmp_path):
     write_history(tmp_path, evaluations=3)
     config = RunConfig(name="a <small> run")
-    index = write_report(tmp_path, config, RESULTS | {"val": metrics()})
+    index = write_report(tmp_path, config, RESULTS | {"val": metrics(), "warnings": ["3 of <13> are known"]})
     assert index == tmp_path / "report" / "index.html"
     assert {path.name for path in index.parent.iterdir()} == PLOTS | {"index.html"}
     page = Page(index.read_text())
@@ -95,6 +95,7 @@ def test_a_report_shows_plots_and_numbers(tmp_path):
     assert page.links == page.images  # nothing is fetched from elsewhere
     for words in (
         "a <small> run",
+        "3 of <13> are known",
         "100.0",
         "chance 7.7%",
         "13 images, 13 texts",
