@@ -92,6 +92,21 @@ def alone_in(folder: Path, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def own_lock(path: Path, seconds: float) -> Iterator[bool]:
+    """Whether this process alone has the lock file at `path` while the block runs; waits for others for so long.
+
+    On a file system without locks each process that asks has it.
+    """
+    with path.open("w") as file:
+        try:
+            # POSIX, so that it ends with the process: its loaders, which may outlive a killed one, do not inherit it.
+            is_ours = take_lock(file, seconds, lock=fcntl.lockf)
+        except OSError:
+            is_ours = True
+        yield is_ours
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """Every file below a folder, hidden ones left out. Links are followed, but not to a directory that they are in.
 

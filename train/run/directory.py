@@ -5,14 +5,13 @@ runs/<name>/  config.yaml  parent.json  metrics.jsonl  ledger.jsonl  results.jso
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data_pipeline.storage.files import take_lock, write_atomically
+from data_pipeline.storage.files import own_lock, write_atomically
 from train import cli, distributed
 from train.config import RunConfig
 from train.run.lineage import as_recorded, first_step
@@ -44,7 +43,7 @@ def open_run(config: RunConfig) -> Iterator[Path]:
         if distributed.is_main():
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                if stack.enter_context(_locked(run_dir)):
+                if stack.enter_context(own_lock(run_dir / LOCK, LOCK_SECONDS)):
                     problem = _claim(run_dir, config)
                 else:
                     problem = f"name {config.name}: another process is training in {run_dir}: stop it or wait for it"
@@ -130,15 +129,3 @@ def has_started(run_dir: Path) -> bool:
     """Whether a step has been made there: what was refused before its first step has no claim to the name."""
     finished = (run_dir / RESULTS).is_file()
     return finished or any(run_dir.glob("checkpoints/step_*")) or bool(read_records(run_dir / METRICS))
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[bool]:
-    """Whether the directory is this process's alone while the block runs."""
-    with (run_dir / LOCK).open("w") as file:
-        try:
-            # POSIX, so that it ends with the process: its loaders, which may outlive a killed one, do not inherit it.
-            is_ours = take_lock(file, LOCK_SECONDS, lock=fcntl.lockf)
-        except OSError:  # a file system without locks
-            is_ours = True
-        yield is_ours

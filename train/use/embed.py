@@ -10,7 +10,6 @@ Shape suffixes: as in train.use.towers.
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from data_pipeline.embeddings.index import Index, open_index, read_about, write_
 from data_pipeline.embeddings.inputs import Input, TextInput
 from data_pipeline.embeddings.parts import BAD, PARTS, Part, assemble, parts_there, ranges, remove_parts, write_part
 from data_pipeline.loader import sample_loader
-from data_pipeline.storage.files import take_lock
+from data_pipeline.storage.files import own_lock
 from train import distributed
 from train.use.towers import Towers
 
@@ -113,19 +112,13 @@ def embed(towers: Towers, given: Input, out: Path, *, batch: int = 0, workers: i
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
     """Hold the lock on `out`. Raises ValueError where another process keeps it."""
-    path = out / LOCK
-    with path.open("w") as file:
-        try:
-            # POSIX, so that it ends with the process: its loaders, which may outlive a killed one, do not inherit it.
-            is_ours = take_lock(file, LOCK_SECONDS, lock=fcntl.lockf)
-        except OSError:  # a file system without locks
-            is_ours = True
+    with own_lock(out / LOCK, LOCK_SECONDS) as is_ours:
         if not is_ours:
             raise ValueError(f"OUT {out}: another process is writing it: wait for it")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            (out / LOCK).unlink(missing_ok=True)
 
 
 def _claim(out: Path, request: dict[str, Any]) -> bool:
