@@ -29,6 +29,7 @@ from train.begin import Fresh
 from train.checks import check, check_data
 from train.config import RunConfig
 from train.evaluation.suite import Suite
+from train.feed import Feed
 from train.memory import GB
 from train.model.text_files import own_tokenizer
 from train.model.trial import try_out
@@ -74,7 +75,7 @@ def data(config: RunConfig) -> list[Finding]:
         return [warn("data", "no --data.train given", "give the run's config to check its data")]
     if config.data.mode == "stream":
         return [_stream(config)]
-    manifests = _training_sets(config)
+    manifests = Feed(config).manifests  # refuses what the run would: fewer samples than a step takes, no statistics
     count, decoding, fetching, size, bad = _read_ends(manifests, config, DECODE_SECONDS)
     workers = max(1, number_of_workers(config.data.workers))
     rate = count / decoding * workers

@@ -181,6 +181,9 @@ def test_a_tower_that_never_learns_needs_its_weights_alone(bert):
 def test_bad_samples_are_counted(tmp_path, broken, status):
     config = RunConfig()
     config.data.train, config.data.image_size = str(write_data(tmp_path / "data", (110,), bad=broken)), 32
+    with pytest.raises(ValueError, match="the 110 samples of source 0 are fewer than the 1024 rows"):
+        run_checks.data(config)
+    config.train.global_batch = 64
     (found,) = run_checks.data(config)
     assert found.status == status
     assert (f"{len(broken)} of 110 tried are bad, such as " in found.measured) == bool(broken)
@@ -199,6 +202,7 @@ def test_what_drops_held_out_images_from_the_training_data_is_a_command(tmp_path
 def test_every_source_is_read_and_remote_shards_stay_in_the_cache(tmp_path, monkeypatch):
     shards, config = write_data(tmp_path / "data", (3, 3)), RunConfig()
     config.data.image_size, config.data.cache_dir = 32, str(tmp_path / "cache")
+    config.data.lanes, config.train.global_batch = 1, 2
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with serve(shards) as server:
