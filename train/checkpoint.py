@@ -37,12 +37,13 @@ from train import cli, distributed
 from train.config import RunConfig
 from train.model.pair import PairModel, build_model
 from train.model.text_files import TEXT, TOKENIZER, another_text, with_own_text
-from train.run.directory import onward
+from train.run.directory import CONFIG, onward
 
 T = TypeVar("T")
 FORMATS = (1, 2)
 BEST = "best"
-FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "config.yaml")
+STATE = "state.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", STATE, CONFIG)
 HASHES = "sha256.json"
 RETRY_SECONDS = (0.5, 2.0)
 """Waits after which a file is read again: a network file system fails now and then."""
@@ -125,7 +126,7 @@ def newest(run_dir: Path) -> Path | None:
     found, problem = distributed.broadcast_object((found, problem))
     if problem:
         raise ValueError(problem)
-    if found is not None and distributed.any_rank(not (found / "state.json").is_file()):
+    if found is not None and distributed.any_rank(not (found / STATE).is_file()):
         raise ValueError(f"runs_dir: {found} is not on every host: give a directory on a file system that they share")
     return found
 
@@ -154,7 +155,7 @@ def load_state(path: Path) -> TrainState:
     """The TrainState of a verified checkpoint."""
     if (found := _format(path)) not in FORMATS:
         raise ValueError(f"checkpoint {path} has format {found}; this version of Duet reads {FORMATS[-1]}")
-    return TrainState(**json.loads((path / "state.json").read_text())["state"])
+    return TrainState(**json.loads((path / STATE).read_text())["state"])
 
 
 def load_weights(path: Path, model: torch.nn.Module, averaged: bool = False) -> None:
@@ -178,7 +179,7 @@ def find(run: str | Path, step: str = "") -> Path:
         ValueError: there is none; those that there are are named.
     """
     directory = Path(run)
-    if (directory / "state.json").is_file():
+    if (directory / STATE).is_file():
         if step:
             raise ValueError(f"step {step}: {run} is one checkpoint; give its run directory, {directory.parent.parent}")
         return directory
@@ -241,7 +242,7 @@ def load_model(run_dir: str | Path, step: str = "") -> tuple[PairModel, RunConfi
     path = find(run_dir, step)
     if damage := verify(path):
         raise ValueError(f"run {run_dir}: the checkpoint is damaged ({damage})")
-    config, state = with_own_text(cli.load(path / "config.yaml"), path), load_state(path)
+    config, state = with_own_text(cli.load(path / CONFIG), path), load_state(path)
     model = build_model(config, state.mean, state.std, pretrained=False)
     load_weights(path, model, averaged=config.optim.ema > 0)
     return model.eval(), config
@@ -262,7 +263,7 @@ def check_text(path: Path, config: RunConfig) -> None:
     problem = ""
     if distributed.is_main():
         try:
-            problem = another_text(config, cli.load(path / "config.yaml"), path)
+            problem = another_text(config, cli.load(path / CONFIG), path)
         except ValueError as error:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
@@ -305,4 +306,4 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def _format(path: Path) -> int:
-    return json.loads(_patiently((path / "state.json").read_bytes))["format"]
+    return json.loads(_patiently((path / STATE).read_bytes))["format"]

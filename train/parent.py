@@ -99,7 +99,7 @@ class Parent:
         self.everything = config.parent.take == "all"
         self.path = _find(config)
         self.given = f"parent.run {config.parent.run}"
-        if distributed.any_rank(not (self.path / "state.json").is_file()):
+        if distributed.any_rank(not (self.path / checkpoint.STATE).is_file()):
             raise ValueError(f"{self.given}: {self.path} is not on every host: give a directory that they share")
         if problem := distributed.broadcast_object(self._problem() if distributed.is_main() else ""):
             raise ValueError(f"{self.given}: {problem}")

@@ -26,6 +26,7 @@ from train.evaluation.retrieval import RECALL_AT
 from train.export.soup import Tried, Weights, greedy, mean_weights
 from train.model.pair import PairModel
 from train.model.text_files import own_tokenizer
+from train.run.directory import CONFIG
 
 
 @dataclass
@@ -85,7 +86,7 @@ def load_source(
         ValueError: there is no such run or step, a checkpoint is damaged, or there is no held-out data to choose by.
     """
     run = Path(run)
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise ValueError(f"run {run}: there is no run (config.yaml) in this directory")
     if soup and (len(soup) < 2 or not all(soup)):
         raise ValueError(f"soup {','.join(soup)}: give two steps or more, such as 1000,2000")
@@ -99,7 +100,7 @@ def load_source(
         if damage := checkpoint.verify(path):
             raise ValueError(f"soup: {path} is damaged ({damage})")
     model, config = checkpoint.load_model(last)
-    state, given = checkpoint.load_state(last), cli.load(last / "config.yaml")
+    state, given = checkpoint.load_state(last), cli.load(last / CONFIG)
     paths = {checkpoint.load_state(path).step: path for path in (*others, last)}
     tokenizer = own_tokenizer(model, config)
 

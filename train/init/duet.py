@@ -13,6 +13,7 @@ from train.init.origin import Origin
 from train.init.weights import read_json
 from train.model.names import TORCHVISION_IN_TIMM, names_of_timm
 from train.model.text_files import TEXT, TOKENIZER, tokenizer_name, with_own_text
+from train.run.directory import CONFIG
 
 
 def read(name: str) -> Origin:
@@ -34,7 +35,7 @@ def read(name: str) -> Origin:
         raise ValueError(f"init duet:{name}: {error}; give a run that has saved, or one of its checkpoints") from error
     if damage := checkpoint.verify(path):
         raise ValueError(f"init duet:{name}: the checkpoint {path} is damaged ({damage})")
-    config, state = with_own_text(cli.load(path / "config.yaml"), path), checkpoint.load_state(path)
+    config, state = with_own_text(cli.load(path / CONFIG), path), checkpoint.load_state(path)
     part = "ema" if config.optim.ema > 0 else "model"
     tensors = checkpoint.load_part(path, part)
     model, text = config.model, config.model.text

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from data_pipeline.storage.files import sha256_of, sync, write_atomically
 from train import checkpoint, cli, distributed
-from train.checkpoint import BEST, FILES, FORMATS, HASHES, Tensors, TrainState
+from train.checkpoint import BEST, FILES, FORMATS, HASHES, STATE, Tensors, TrainState
 from train.config import RunConfig
+from train.run.directory import CONFIG
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def contents(tensors: Tensors, state: TrainState, config: RunConfig, text_files:
     assert not any("_orig_mod." in name for name in tensors.model), "hand the names of the plain model, not compiled"
     versions = {"torch": str(torch.__version__), "transformers": version("transformers")}
     said = {"format": FORMATS[-1], "state": asdict(state), **versions}
-    own = {"state.json": (json.dumps(said, indent=2) + "\n").encode(), "config.yaml": cli.to_yaml(config).encode()}
+    own = {STATE: (json.dumps(said, indent=2) + "\n").encode(), CONFIG: cli.to_yaml(config).encode()}
     return Content(tensors, own | dict(text_files))
 
 

@@ -22,6 +22,7 @@ from train.engine.precision import autocast
 from train.evaluate import chosen_precision
 from train.export.source import load_source
 from train.model.text_files import TOKENIZER
+from train.run.directory import CONFIG
 
 OTHERS = {
     "open_clip_config.json": "open_clip",
@@ -99,7 +100,7 @@ def load_towers(model: str, step: str = "", *, precision: str = "", device: torc
         if step:
             raise ValueError(f"step {step}: {model} is an export, which has one model; leave it out")
         return _exported(directory, precision or "fp32", device)
-    if (directory / "config.yaml").is_file():
+    if (directory / CONFIG).is_file():
         return _trained(directory, step, precision, device)
     if not directory.is_dir():
         raise ValueError(
