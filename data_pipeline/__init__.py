@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from data_pipeline.config import AugmentConfig, CaptionConfig, DataConfig, Source
     from data_pipeline.loader import eval_loader, stream_loader, train_loader
     from data_pipeline.order import Mixture, Order, build_order
-    from data_pipeline.samples import BadSample
     from data_pipeline.samples.colors import recolored
+    from data_pipeline.samples.image import BadSample
     from data_pipeline.samples.transforms import eval_transform, train_transform
     from data_pipeline.stages.decode import Extras
     from data_pipeline.stages.slots import check_batch
@@ -25,8 +25,8 @@ _MODULES = {
     "config": ("AugmentConfig", "CaptionConfig", "DataConfig", "Source"),
     "loader": ("eval_loader", "stream_loader", "train_loader"),
     "order": ("Mixture", "Order", "build_order"),
-    "samples": ("BadSample",),
     "samples.colors": ("recolored",),
+    "samples.image": ("BadSample",),
     "samples.transforms": ("eval_transform", "train_transform"),
     "stages.decode": ("Extras",),
     "stages.slots": ("check_batch",),

@@ -10,10 +10,10 @@ from typing import Any
 
 _HOMES = {
     "LossConfig": "train.config",
-    "PairModel": "train.model",
+    "PairModel": "train.model.pair",
     "RunConfig": "train.config",
-    "build_engine": "train.engine",
-    "build_model": "train.model",
+    "build_engine": "train.engine.build",
+    "build_model": "train.model.pair",
     "class_features": "train.evaluation.zeroshot",
     "contrastive_loss": "train.loss",
     "load_model": "train.checkpoint",

@@ -1,4 +1,4 @@
-"""RunConfig <-> YAML <-> command line, and what differs between two of them."""
+"""RunConfig <-> YAML <-> command line, what differs between two of them, and how a command ends."""
 
 from __future__ import annotations
 

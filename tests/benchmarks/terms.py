@@ -24,7 +24,7 @@ from transformers import BertConfig
 from data_pipeline.batch import MicroBatch
 from tests.benchmarks.batches import random_batch
 from train.config import RunConfig
-from train.engine import Engine
+from train.engine.base import Engine
 from train.engine.build import engine_of_run
 from train.engine.start import start
 from train.memory import plan

@@ -20,7 +20,7 @@ ZERO_STAGES["cpu_zero3"] = 3
 PROBE = """
 import torch
 from train import distributed
-from train.engine import build_engine
+from train.engine.build import build_engine
 from train.engine.start import start
 accelerator = start()
 model = torch.nn.Linear(4, 4)

@@ -36,7 +36,7 @@ class Term(ABC):
     """An optional term of the loss. It holds no tensors: what it learns is part of the model, under the term's names.
 
     A term is made from the config alone, wherever something is asked of it. The methods below that take `pair` are
-    called by that model (train.model.PairModel): its towers are `pair.image` and `pair.text`, the temperature is
+    called by that model (train.model.pair.PairModel): its towers are `pair.image` and `pair.text`, the temperature is
     `pair.log_scale`, and the term's heads are attributes of it. Everything but `enabled` and `loss` has a default: all
     outputs are gathered, and nothing else is done. A term is added by its class, a dataclass in ModelConfig and a row
     of train.terms.TERMS.

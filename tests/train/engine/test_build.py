@@ -54,7 +54,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def train(resident: int) -> list[dict[str, Tensor]]:
     """Whole weights after each of two steps, on rank 0."""
     from train import distributed
-    from train.engine import build_engine
+    from train.engine.build import build_engine
     from train.engine.start import start
     from train.step import training_step
 
