@@ -65,8 +65,9 @@ class Suite:
             try:
                 self.tasks[name] = build_task(given)
             except ValueError as error:
-                where = "data.val" if name == HELD_OUT else f"eval.tasks, {name}"
-                raise ValueError(f"{where}: {error}") from error
+                if name == HELD_OUT:
+                    raise ValueError(f"data.val: {str(error).removeprefix('data: ')}") from error
+                raise ValueError(f"eval.tasks, {name}: {error}") from error
             self._every[name] = given.every or config.eval.every
 
     def manifests(self) -> dict[str, Manifest]:

@@ -66,4 +66,6 @@ def main(data: str, tokenizer_name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -71,6 +71,13 @@ def test_data_without_classes(tmp_path, names, task):
         build_task(given)
 
 
+@pytest.mark.parametrize("option", ["data", "fit"])
+def test_the_option_that_names_no_data_is_said(tmp_path, option):
+    given = {"data": classes(tmp_path / "data", "0", "1"), option: str(tmp_path / "gone")}
+    with pytest.raises(ValueError, match=f"^{option}: there is no manifest at"):
+        build_task(EvalTask(task="knn", **given))
+
+
 @pytest.mark.parametrize(("task", "what"), [("knn", "k-NN"), ("probe", "a linear probe")])
 def test_data_that_cannot_tell_the_classes_apart(tmp_path, task, what):
     tested, one = classes(tmp_path / "a", "0", "1"), classes(tmp_path / "b", "0")
