@@ -80,10 +80,10 @@ class WordHead(nn.Module):
     def forward(self, hidden_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Per caption the sum of the cross-entropies of its hidden words, float32 [B], and their number, [B]."""
         hidden_BL = targets_BL != UNMASKED
-        words_MD = self.norm(F.gelu(self.layer(hidden_BLD[hidden_BL])))
+        rows_M, columns_M = hidden_BL.nonzero().unbind(1)  # the only thing here for which a GPU is waited for
+        words_MD = self.norm(F.gelu(self.layer(hidden_BLD[rows_M, columns_M])))
         scores_MV = F.linear(words_MD, self.tied_VD, self.bias_V)
-        losses_M = F.cross_entropy(scores_MV.float(), targets_BL[hidden_BL], reduction="none")
-        rows_M = hidden_BL.nonzero()[:, 0]
+        losses_M = F.cross_entropy(scores_MV.float(), targets_BL[rows_M, columns_M], reduction="none")
         return losses_M.new_zeros(len(targets_BL)).index_add(0, rows_M, losses_M), hidden_BL.sum(1).float()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -100,7 +100,9 @@ def test_a_micro_batch_without_hidden_words_has_a_gradient_of_zero(config):
     model = build_model(config, MEAN, STD)
     (batch,) = batches_with_extras(1)
     batch.targets_BL.fill_(-100)
-    Objective(config)(model([batch], [0]), Rows())[0].backward()
+    with Syncs() as syncs:
+        Objective(config)(model([batch], [0]), Rows())[0].backward()
+    assert [place.split()[1] for place in syncs.at.elements()] == ["nonzero"], syncs.at
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.text_ssl.bias_V.grad.abs().max() == 0
 
