@@ -26,9 +26,9 @@ from train.config import EvalTask, RunConfig
 
 EPILOG = (
     "precedence: fields on the command line override --config, wherever it is, which overrides the defaults; "
-    "of several --config a later one overrides the one before. --from RUN and --from-weights RUN start from another "
-    "run, whose fields are then the defaults (--step S: from its checkpoint of step S, or best). "
-    "--profile FIRST:LAST profiles these steps"
+    "of several --config, and of a field given twice, a later one overrides the one before. --from RUN and "
+    "--from-weights RUN start from another run, whose fields are then the defaults (--step S: from its checkpoint of "
+    "step S, or best). --profile FIRST:LAST profiles these steps"
 )
 SHORT = {"--from": ["--parent.run"], "--from-weights": ["--parent.take", "weights", "--parent.run"]}
 SHORT |= {"--step": ["--parent.step"], "--profile": ["--tracking.profile"]}

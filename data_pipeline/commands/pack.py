@@ -351,6 +351,6 @@ def _advice(cause: str, columns: Columns) -> str:
     if cause.startswith("no caption"):
         return (
             "; captions are in a .txt or .json beside each image, or in the --caption-column of a table: "
-            "python -m data_pipeline pack TABLE OUT --image-root IMAGES"
+            "python -m data_pipeline pack TABLE OUT --image-root IMAGES; a folder per class needs --class-column folder"
         )
     return "; --format png stores GIF, BMP, TIFF and AVIF as PNG" if CONVERTIBLE.search(cause) else ""
