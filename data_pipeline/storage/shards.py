@@ -93,9 +93,7 @@ def _filesize(path: str | os.PathLike[str]) -> int:
     try:
         return Path(path).stat().st_size
     except FileNotFoundError as error:
-        raise ValueError(
-            f"shard {os.fspath(path)} of the manifest does not exist: put it back, or index those that are there"
-        ) from error
+        raise ValueError(f"shard {os.fspath(path)} of the manifest does not exist; {RESTORE}") from error
 
 
 class ShardWriter:
