@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 
 from tests.benchmarks.gpu import __main__ as gpu
 from tests.benchmarks.gpu.bench import Bench
@@ -40,6 +41,16 @@ def test_a_row_that_fails_and_time_that_is_over_are_recorded(tmp_path):
     assert saved["late"] == {"error": "no time was left"}
     text = tables({"stages": {"speed": {"state": "done", "rows": saved}}})
     assert "| whole | 1 |" in text and "ZeroDivisionError" in text
+
+
+def test_a_gpu_that_fails_ends_the_stage_after_its_first_error_is_kept(tmp_path, monkeypatch):
+    bench = Bench(tmp_path / "rows.json", 3600, tiny=True)
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: 1 / 0)  # as every call does from then on
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.row("first", lambda: {"speed": 1.0})
+    assert "synchronize" in json.loads((tmp_path / "rows.json").read_text())["first"]["error"]
 
 
 @pytest.mark.slow

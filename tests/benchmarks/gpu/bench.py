@@ -50,9 +50,10 @@ class Bench:
             except Exception:
                 self.rows[name] = {"error": last_lines(traceback.format_exc())}
             self.rows[name]["took_s"] = time.monotonic() - began
-        if "error" in self.rows[name] and self.on_gpu:
-            torch.cuda.empty_cache()  # what did not fit is not to keep the next from fitting
         write_json(self.path, self.rows)
+        if "error" in self.rows[name] and self.on_gpu:
+            # What did not fit is not to keep the next from fitting. Where the GPU itself fails, this ends the stage.
+            torch.cuda.empty_cache()
         return self.rows[name]
 
     def wait(self) -> None:
