@@ -207,13 +207,13 @@ def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = No
     model = model or build_model(config, [0.5] * 3, [0.5] * 3, pretrained=False)
     (small, outputs), (large, _) = (_forward(model, rows, config.data.max_tokens, bf16) for rows in (2, 4))
     per_sample = (large - small) / 2
+    # What does not grow with the rows is above all what autocast makes of the weights, for each micro-batch by itself.
+    more = int(max(0, small - 2 * per_sample) + per_sample * config.train.micro_batch)
     scalars = Objective(config).scalars
     numbers = {name: value[0].numel() for name, value in outputs.items() if name not in scalars}
     check_batch(config.train.global_batch, config.train.micro_batch, world)
     share = config.train.global_batch // (config.train.micro_batch * world)
     kept = min(max(1, config.train.resident or 1), share)
-    more = int(per_sample * config.train.micro_batch)
-    activations = max(0, int(small + per_sample * (kept * config.train.micro_batch - 2)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     loss, parts = loss_bytes(config, world, numbers), -(-share // kept)
@@ -221,7 +221,7 @@ def plan(config: RunConfig, world: int, bf16: bool, model: PairModel | None = No
         tower for tower in TOWERS if getattr(model, tower).blocks and not getattr(config.model, tower).checkpointing
     ]
     ema = config.optim.ema > 0
-    return Plan(parameters, learning, activations, loss, world, ema, parts, tuple(towers), share, more)
+    return Plan(parameters, learning, kept * more, loss, world, ema, parts, tuple(towers), share, more)
 
 
 def loss_bytes(config: RunConfig, world: int, numbers: Mapping[str, int]) -> int:

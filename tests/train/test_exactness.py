@@ -3,7 +3,6 @@
 import pytest
 
 from tests.support.exactness import (
-    BF16_TOLERANCE,
     ENGINES,
     LEVELS,
     LOSSES,
@@ -40,10 +39,10 @@ def test_gradients_equal_one_plain_process(
     ("engine", "world"),
     [("zero2", 2), *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero3"))],
 )
-def test_in_bf16_features_that_are_cached_are_those_that_are_differentiated(engine: str, world: int) -> None:
+def test_bf16_is_as_exact_as_fp32(engine: str, world: int) -> None:
     for case, (loss, gradient, parameter) in run_cases(engine, world, (1, 2), ("tiled",), bf16=True).items():
         assert loss <= TOLERANCE, f"{case}: the loss is off by {loss:.1e}"
-        assert gradient <= BF16_TOLERANCE, f"{case}: the gradient of {parameter} is off by {gradient:.1e}"
+        assert gradient <= TOLERANCE, f"{case}: the gradient of {parameter} is off by {gradient:.1e}"
 
 
 @pytest.mark.slow

@@ -144,6 +144,8 @@ class PairModel(nn.Module):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
                 torch.manual_seed(seed)
+                # Else they would all read one copy of each weight in bf16, and autograd add up their gradients in bf16.
+                torch.clear_autocast_cache()
                 if not all_at_once:
                     with_images = [batch]
                 else:
