@@ -11,7 +11,7 @@ from data_pipeline.config import Source
 from data_pipeline.loader import Extras, LoaderFailure, MicroBatch, Patience, stream_loader, train_loader
 from data_pipeline.order import Mixture, Moved, Order, build_order, order_identity
 from data_pipeline.statistics import normalization
-from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.manifest import Manifest, named_manifest
 from data_pipeline.storage.redaction import redact_urls
 from data_pipeline.tokenizer import Tokenizer
 from train import distributed, terms
@@ -43,7 +43,7 @@ class Feed:
             self.mean, self.std = normalization(data.normalize)
             return
         sources = data.train if isinstance(data.train, list) else [Source(data.train)]
-        self.manifests = [_training_data(source.data) for source in sources]
+        self.manifests = [named_manifest("data.train", source.data) for source in sources]
         weights = [source.weight for source in sources]
         how = data.lanes, config.train.seed, data.shuffle_shards
         self.order = build_order(self.manifests, weights, batch, *how)
@@ -92,13 +92,6 @@ class Feed:
         if batch == self.order.batch:
             return data_step - step
         return self.order.step_after(data_step, batch) - step if isinstance(self.order, Order) else None
-
-
-def _training_data(path: str) -> Manifest:
-    try:
-        return load_manifest(path)
-    except ValueError as error:
-        raise ValueError(f"data.train: {error}") from error
 
 
 @section("wait")

@@ -122,6 +122,14 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     return _parse(content, url)
 
 
+def named_manifest(name: str, path: str) -> Manifest:
+    """The manifest that a field or an option names. Raises as load_manifest, in words that begin with its name."""
+    try:
+        return load_manifest(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _beside(pattern: str) -> Manifest:
     """The manifest in the folder of the tars that a pattern stands for, or in the one that all of theirs are in."""
     urls = expand([pattern])

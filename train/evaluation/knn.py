@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.manifest import named_manifest
 from train.config import EvalTask
 from train.evaluation.classes import SCORES, accuracy, check_fit, known_classes, labelled
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
-from train.evaluation.task import Evaluation, Task, open_set
+from train.evaluation.task import Evaluation, Task
 
 TEMPERATURE = 0.07
 
@@ -35,7 +36,7 @@ class Neighbours(Task):
         super().__init__(given)
         if given.neighbours < 1:
             raise ValueError(f"neighbours {given.neighbours}: give at least 1")
-        self.fit_manifest = open_set("fit", given.fit) if given.fit else None
+        self.fit_manifest = named_manifest("fit", given.fit) if given.fit else None
         tested, fitted = known_classes(self.manifest), known_classes(self.fit_manifest or self.manifest)
         if fitted is not None:
             check_fit("k-NN", fitted, tested or ())

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.samples.text import name_bytes
+from data_pipeline.storage.manifest import named_manifest
 from train.config import EvalTask
 from train.evaluation.classes import SCORES, accuracy, check_fit, known_classes, labelled
 from train.evaluation.encode import Encoder
 from train.evaluation.retrieval import check_finite
-from train.evaluation.task import Evaluation, Task, open_set
+from train.evaluation.task import Evaluation, Task
 
 L2_WEIGHTS = tuple(10.0**power for power in range(-7, 0))
 
@@ -34,7 +35,7 @@ class Probe(Task):
 
     def __init__(self, given: EvalTask):
         super().__init__(given)
-        self.fit_manifest = open_set("fit", given.fit) if given.fit else None
+        self.fit_manifest = named_manifest("fit", given.fit) if given.fit else None
         tested, fitted = known_classes(self.manifest), known_classes(self.fit_manifest or self.manifest)
         if fitted is not None:
             check_fit("a linear probe", fitted, tested or ())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_pipeline.storage.manifest import Manifest, load_manifest
+from data_pipeline.storage.manifest import named_manifest
 from train.config import EvalTask
 
 if TYPE_CHECKING:
@@ -37,14 +37,6 @@ class Evaluation:
     """How long it took. Where several share a data set, the first one has encoded it."""
 
 
-def open_set(option: str, path: str) -> Manifest:
-    """The manifest that an option of a task names. Raises ValueError, which names the option, where it is none."""
-    try:
-        return load_manifest(path)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
-
-
 class Task(ABC):
     """One kind of evaluation: its options, its checks, its metrics and its printed table.
 
@@ -62,7 +54,7 @@ class Task(ABC):
 
     def __init__(self, given: EvalTask):
         self.given = given
-        self.manifest = open_set("data", given.data)
+        self.manifest = named_manifest("data", given.data)
         bad = self.manifest.statistics.get("bad", {}).get("count", 0)
         if self.manifest.nsamples <= bad:
             raise ValueError(

@@ -87,12 +87,12 @@ def _culprit(model: PairModel, config: RunConfig, error: Exception) -> str:
     rows = min(config.train.micro_batch, 2)
     with torch.no_grad():
         try:
-            model.encode_image(model.blank_micro_batch(rows).images_BCHW)
+            blank = model.blank_micro_batch(rows)
+            model.encode_image(blank.images_BCHW)
         except Exception:
             size = f"data.image_size {config.data.image_size}"
             more = "" if rows > 1 else ", or train.micro_batch 2, since its norm may need more than one image"
             return f"{size}: such images do not go through {image} ({why}); set the size that it is made for{more}"
-        blank = model.blank_micro_batch(rows)
         try:
             model.encode_text(blank.ids_BL, blank.mask_BL)
         except Exception:
